@@ -1,0 +1,93 @@
+"""Every setting of every service: frozen, typed, read once from `FLEXLLM_*` environment variables.
+
+Nothing else in the project reads the environment.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One flat namespace; each service reads the part that it needs. Units stand in the names."""
+
+    model_config = SettingsConfigDict(env_prefix="FLEXLLM_", frozen=True, extra="ignore")
+
+    # Where the state lives
+    database_url: str = "postgresql+psycopg://flexllm:flexllm@127.0.0.1:5432/flexllm"
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    celery_broker_url: str = "redis://127.0.0.1:6379/1"
+    object_store_url: str = "file:///tmp/flexllm/objects"  # file:///path or s3://bucket[/prefix]
+    s3_endpoint: str | None = None
+    s3_region: str = "us-east-1"
+    s3_access_key_id: SecretStr | None = None
+    s3_secret_access_key: SecretStr | None = None
+    spool_dir: Path = Path("/tmp/flexllm/spool")  # uploads on their way to the object store
+
+    # Who talks to whom
+    api_host: str = "127.0.0.1"
+    api_port: int = 8000
+    store_host: str = "127.0.0.1"
+    store_port: int = 8001
+    adapter_store_url: str = "http://127.0.0.1:8001"
+    internal_token: SecretStr = SecretStr("")  # worker -> adapter store; refused when empty
+    key_pepper: SecretStr = SecretStr("")  # HMAC key of the API key hashes; refused when empty
+    admin_password: SecretStr = SecretStr("")  # admin UI; the UI refuses to start without one
+    session_secret: SecretStr = SecretStr("")  # signs admin sessions; refused when empty
+
+    # The model
+    model_dir: Path = Path(".flexllm/models/SmolLM2-135M-Instruct")
+    served_model_name: str | None = None  # default: the model folder's name
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    num_threads: int = Field(default=0, ge=0)  # CPU threads of the engine; 0: all cores
+
+    # Engine limits
+    max_model_len: int = Field(default=2048, ge=16)
+    max_num_seqs: int = Field(default=16, ge=1)  # running sequences
+    max_num_batched_tokens: int = Field(default=512, ge=16)  # tokens of one fused forward
+    kv_cache_bytes: int = Field(default=0, ge=0)  # 0: chosen from the free memory
+    block_size: int = Field(default=16, ge=1)
+    max_adapters: int = Field(default=16, ge=1)  # adapters resident on the device
+    max_lora_rank: int = Field(default=128, ge=1)
+    max_finetune_jobs: int = Field(default=4, ge=0)  # jobs in training at once on one worker
+    finetune_window: int = Field(default=256, ge=1)  # largest window, tokens
+    finetune_tokens_in_flight: int = Field(default=2048, ge=16)  # tokens of one packed training sequence
+    activation_policy: str = "no_gu"
+
+    # Service levels
+    tpot_slo_ms: float = Field(default=250.0, gt=0)
+    ttft_slo_ms: float = Field(default=2000.0, gt=0)
+
+    # Queue protocol timers
+    lease_s: float = 15.0
+    beat_s: float = 3.0
+    reap_s: float = 5.0
+    worker_ttl_s: float = 30.0
+    api_ttl_s: float = 10.0
+    owner_no_progress_s: float = 20.0
+    queue_wait_s: float = 30.0
+    request_deadline_s: float = 600.0
+    max_queue_depth: int = 1024
+    drain_s: float = 20.0
+
+    # Jobs
+    job_lease_s: float = 60.0
+    job_beat_s: float = 2.0  # also how often metrics reach the registry
+    checkpoint_every_steps: int = 50
+    checkpoint_every_s: float = 120.0
+    checkpoints_kept: int = 2
+    max_file_bytes: int = 512 * 1024 * 1024
+
+    @cached_property
+    def model_id(self) -> str:
+        """The base model's name on the API."""
+        return self.served_model_name or self.model_dir.name
+
+    @property
+    def sync_database_url(self) -> str:
+        return self.database_url
