@@ -1,0 +1,1 @@
+"""Token-level finetuning: forward and backward windows of any size with the gradients of whole sequences."""

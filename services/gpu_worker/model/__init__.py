@@ -1,0 +1,1 @@
+"""The frozen backbone: configuration, weights, adapters resident on the device, one decoder for a family."""

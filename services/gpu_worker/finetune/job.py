@@ -1,0 +1,279 @@
+"""A finetuning job as a plan of work: which window of which training sequence comes next. No tensors.
+
+An optimizer step is a list of training sequences (examples packed end to end). Each goes forward window by
+window through all layers, then backward layer by layer, last window first; after the last one the optimizer
+moves. Evaluations are forward windows only. The adapter is frozen from a step's first window to its last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from services.gpu_worker.finetune.dataset import epoch_order
+
+
+@dataclass(frozen=True, slots=True)
+class JobConfig:
+    """Hyper-parameters that decide the order of work and the size of the updates."""
+
+    n_epochs: int = 1
+    batch_size: int = 8  # examples of one forward-backward
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    lr_schedule: str = "cosine"  # cosine, linear, constant
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: no clipping
+    seed: int = 0
+    eval_every_steps: int = 0  # 0: before the first step, after each epoch and at the end
+    max_steps: int = 0  # 0: no limit beside the epochs
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Lengths of a dataset's examples in tokens, and how many of them carry a label."""
+
+    lengths: list[int]
+    num_targets: list[int]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSequence:
+    """Examples packed end to end: example j is the tokens [boundaries[j], boundaries[j + 1])."""
+
+    examples: tuple[int, ...]
+    boundaries: tuple[int, ...]
+    evaluation: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.boundaries[-1]
+
+    def parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(example start, a, b) of each piece of [start, end) that lies in one example."""
+        for begin, stop in zip(self.boundaries, self.boundaries[1:], strict=False):
+            a, b = max(begin, start), min(stop, end)
+            if a < b:
+                yield begin, a, b
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens [start, end) of the training sequence in flight: forward through all layers (`layer` None) or
+    backward through one."""
+
+    start: int
+    end: int
+    layer: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+class Phase(Enum):
+    FORWARD = auto()
+    BACKWARD = auto()
+    OPTIMIZER = auto()
+    DONE = auto()
+
+
+@dataclass(slots=True)
+class FinetuneJob:
+    """Progress of one job. `take` by asking for the next window, `complete` it when it has been computed."""
+
+    job_id: str
+    config: JobConfig
+    training: Examples
+    validation: Examples | None
+    num_layers: int
+    max_tokens_in_flight: int
+    weight: float = 1.0
+    step: int = 0  # optimizer steps done
+    phase: Phase = Phase.FORWARD
+    position: int = 0  # forward: next token; backward: end of the next window
+    layer: int = 0  # of the backward
+    sequence_index: int = 0
+    sequences: list[TrainingSequence] = field(default_factory=list)  # of the step or evaluation in hand
+    evaluated_step: int = -1  # the last step after which the validation set was run
+    served_tokens: float = 0.0  # token-layers computed per weight, for the fair share among jobs
+
+    def __post_init__(self) -> None:
+        longest = max(self.training.lengths + (self.validation.lengths if self.validation else []))
+        if longest > self.max_tokens_in_flight:
+            raise ValueError(f"an example of {longest} tokens exceeds {self.max_tokens_in_flight} in flight")
+        self._plan()
+
+    # --- the plan
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.config.batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, -(-len(self.training) // self.examples_per_step))
+
+    @property
+    def total_steps(self) -> int:
+        steps = self.steps_per_epoch * self.config.n_epochs
+        return min(steps, self.config.max_steps) if self.config.max_steps else steps
+
+    @property
+    def sequence(self) -> TrainingSequence:
+        return self.sequences[self.sequence_index]
+
+    @property
+    def evaluating(self) -> bool:
+        return self.phase is Phase.FORWARD and self.sequence.evaluation
+
+    def step_examples(self, step: int) -> list[int]:
+        """Indices of the examples of an optimizer step; a pure function of (seed, step)."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        order = epoch_order(len(self.training), self.config.seed, epoch)
+        return order[index * self.examples_per_step : (index + 1) * self.examples_per_step]
+
+    @property
+    def denominator(self) -> int:
+        """Labelled tokens of the optimizer step in hand, which its gradient is divided by."""
+        return sum(self.training.num_targets[i] for i in self.step_examples(self.step))
+
+    def learning_rate(self) -> float:
+        """Rate of the step in hand: linear warm-up, then the schedule (as transformers' schedulers do)."""
+        return self.config.learning_rate * schedule_factor(
+            self.config.lr_schedule, self.step, self.total_steps, self.config.warmup_ratio
+        )
+
+    def _plan(self) -> None:
+        """Sets up the evaluation or the optimizer step that comes next."""
+        self.sequence_index, self.position = 0, 0
+        if self._evaluation_due():
+            assert self.validation is not None
+            indices = list(range(len(self.validation)))
+            self.sequences = pack(
+                indices, self.validation.lengths, self.max_tokens_in_flight, evaluation=True
+            )
+            self.phase = Phase.FORWARD
+        elif self.step >= self.total_steps:
+            self.sequences, self.phase = [], Phase.DONE
+        else:
+            chosen = self.step_examples(self.step)
+            self.sequences = pack(chosen, self.training.lengths, self.max_tokens_in_flight)
+            self.phase = Phase.FORWARD
+
+    def _evaluation_due(self) -> bool:
+        if self.validation is None or self.evaluated_step == self.step:
+            return False
+        every = self.config.eval_every_steps or self.steps_per_epoch
+        return self.step % every == 0 or self.step >= self.total_steps
+
+    # --- windows
+
+    @property
+    def remaining_forward(self) -> int:
+        return self.sequence.num_tokens - self.position if self.phase is Phase.FORWARD else 0
+
+    def next_forward(self, max_tokens: int) -> Window:
+        assert self.phase is Phase.FORWARD
+        return Window(self.position, min(self.position + max_tokens, self.sequence.num_tokens))
+
+    def next_backward(self, max_tokens: int) -> Window:
+        assert self.phase is Phase.BACKWARD
+        return Window(max(0, self.position - max_tokens), self.position, self.layer)
+
+    def complete(self, window: Window) -> None:
+        """Moves past a window that `next_forward` or `next_backward` gave."""
+        depth = self.num_layers if window.layer is None else 1
+        self.served_tokens += window.num_tokens * depth / self.weight
+        if window.layer is None:
+            self._complete_forward(window)
+        else:
+            self._complete_backward(window)
+
+    def _complete_forward(self, window: Window) -> None:
+        self.position = window.end
+        if self.position < self.sequence.num_tokens:
+            return
+        if self.sequence.evaluation:
+            self._next_sequence()
+        else:
+            self.phase, self.layer = Phase.BACKWARD, self.num_layers - 1
+
+    def _complete_backward(self, window: Window) -> None:
+        self.position = window.start
+        if self.position > 0:
+            return
+        if self.layer > 0:
+            self.layer, self.position = self.layer - 1, self.sequence.num_tokens
+        else:
+            self._next_sequence()
+
+    def _next_sequence(self) -> None:
+        evaluation = self.sequence.evaluation
+        self.sequence_index, self.position = self.sequence_index + 1, 0
+        if self.sequence_index < len(self.sequences):
+            self.phase = Phase.FORWARD
+        elif evaluation:
+            self.evaluated_step = self.step
+            self._plan()
+        else:
+            self.phase = Phase.OPTIMIZER
+
+    def complete_step(self) -> None:
+        """The optimizer has moved."""
+        assert self.phase is Phase.OPTIMIZER
+        self.step += 1
+        self._plan()
+
+    def resume(self, step: int, evaluated_step: int) -> None:
+        """Continues after `step` optimizer steps of an earlier run."""
+        self.step, self.evaluated_step = step, evaluated_step
+        self._plan()
+
+    def restart_step(self) -> None:
+        """Gives up what the step in hand has computed; its gradients must be dropped with it."""
+        self._plan()
+
+
+def pack(
+    indices: list[int], lengths: list[int], limit: int, evaluation: bool = False
+) -> list[TrainingSequence]:
+    """Packs examples, in order, into as few training sequences of at most `limit` tokens as that order allows."""
+    packs: list[list[int]] = []
+    room = 0
+    for index in indices:
+        if not packs or lengths[index] > room:
+            packs.append([])
+            room = limit
+        packs[-1].append(index)
+        room -= lengths[index]
+    return [_sequence(examples, lengths, evaluation) for examples in packs]
+
+
+def _sequence(examples: list[int], lengths: list[int], evaluation: bool) -> TrainingSequence:
+    boundaries = [0]
+    for index in examples:
+        boundaries.append(boundaries[-1] + lengths[index])
+    return TrainingSequence(tuple(examples), tuple(boundaries), evaluation)
+
+
+def schedule_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -> float:
+    """Share of the learning rate at `step` (0-based)."""
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if schedule == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    if schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    return 1.0

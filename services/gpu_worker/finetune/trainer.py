@@ -1,0 +1,202 @@
+"""The tensors of one finetuning job: computes the windows that the job's plan hands out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.gpu_worker.finetune.activations import ActivationStore
+from services.gpu_worker.finetune.backward import GradientState, LayerBackward
+from services.gpu_worker.finetune.dataset import Dataset
+from services.gpu_worker.finetune.job import Examples, FinetuneJob, TrainingSequence, Window
+from services.gpu_worker.finetune.loss import LossSum, window_loss
+from services.gpu_worker.finetune.optimizer import LoraParameters
+from services.gpu_worker.kernels.attention import causal_mask
+from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.kernels.norm_rope import accumulation_dtype
+from services.gpu_worker.model.adapters import LoraConfig
+from services.gpu_worker.model.context import PagedWindow, WindowPart
+from services.gpu_worker.model.transformer import Transformer
+
+MAX_SKIPPED_STEPS = 3  # non-finite gradients in a row before a job is given up
+
+
+class TrainingDiverged(RuntimeError):
+    """Several optimizer steps in a row had gradients that were not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One optimizer step, or an evaluation after it."""
+
+    step: int
+    learning_rate: float | None = None
+    grad_norm: float | None = None  # None: not finite, the step was skipped
+    train_loss: float | None = None
+    train_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
+    num_tokens: int = 0
+
+
+def examples_of(dataset: Dataset) -> Examples:
+    return Examples(dataset.lengths(), dataset.num_targets())
+
+
+class Trainer:
+    """Owns a job's parameters, its activations in flight, and the block table of its training sequence."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        job: FinetuneJob,
+        lora: LoraConfig,
+        training: Dataset,
+        validation: Dataset | None,
+        policy: str,
+    ) -> None:
+        self.job = job
+        self.parameters = LoraParameters(
+            model.config, lora, job.config, model.weights.dtype, model.weights.device
+        )
+        self.blocks: list[int] = []
+        self.trained_tokens = 0
+        self.skipped_steps = 0  # in a row
+        self._model, self._cache, self._policy = model, cache, policy
+        self._training, self._validation = training, validation
+        self._store: ActivationStore | None = None
+        self._gradients: GradientState | None = None
+        self._total = LossSum.zero(model.weights.device)
+        self._sequence: TrainingSequence | None = None
+        self._tokens = self._labels = self._positions = torch.empty(0, dtype=torch.int64)
+        self._windows: dict[tuple[int, int], PagedWindow] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.weights.device
+
+    @property
+    def activation_bytes(self) -> int:
+        return self._store.size_bytes if self._store else 0
+
+    @property
+    def store(self) -> ActivationStore:
+        assert self._store is not None
+        return self._store
+
+    # --- one training sequence
+
+    def begin(self, sequence: TrainingSequence, blocks: list[int]) -> None:
+        """Takes a sequence in hand; its keys and values live in `blocks` until the next `begin`."""
+        dataset = self._validation if sequence.evaluation else self._training
+        assert dataset is not None
+        examples = [dataset.example(i) for i in sequence.examples]
+        self._sequence, self.blocks = sequence, blocks
+        self._tokens = self._to_device(np.concatenate([tokens for tokens, _ in examples]).astype(np.int64))
+        self._labels = self._to_device(np.concatenate([labels for _, labels in examples]))
+        self._positions = self._to_device(np.concatenate([np.arange(len(tokens)) for tokens, _ in examples]))
+        self._windows.clear()
+        if not sequence.evaluation:
+            self._reserve(sequence.num_tokens)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _reserve(self, num_tokens: int) -> None:
+        """Buffers for a sequence's activations and gradients; they only grow."""
+        config, weights = self._model.config, self._model.weights
+        if self._store is None or self._store.capacity < num_tokens:
+            self._store = ActivationStore(config, self._policy, num_tokens, weights.dtype, self.device)
+            self._dx = torch.empty(num_tokens, config.hidden_size, dtype=weights.dtype, device=self.device)
+        shape = (config.num_kv_heads, num_tokens, config.head_dim)
+        wide = accumulation_dtype(weights.dtype)
+        self._gradients = GradientState(
+            self._dx[:num_tokens],
+            torch.zeros(shape, dtype=wide, device=self.device),
+            torch.zeros(shape, dtype=wide, device=self.device),
+        )
+
+    def tokens(self, window: Window) -> Tensor:
+        return self._tokens[window.start : window.end]
+
+    def positions(self, window: Window) -> Tensor:
+        return self._positions[window.start : window.end]
+
+    def paged(self, window: Window) -> PagedWindow:
+        """Which keys the window's rows (counted from 0) read; the same for every layer."""
+        key = window.start, window.end
+        if key not in self._windows:
+            self._windows[key] = self._make_paged(window)
+        return self._windows[key]
+
+    def _make_paged(self, window: Window) -> PagedWindow:
+        assert self._sequence is not None
+        config = self._model.config
+        group = config.num_heads // config.num_kv_heads
+        parts = [
+            WindowPart(
+                rows=slice(a - window.start, b - window.start),
+                keys=slice(begin, b),
+                mask=causal_mask(b - a, b - begin, group, self._model.weights.dtype, self.device),
+            )
+            for begin, a, b in self._sequence.parts(window.start, window.end)
+        ]
+        num_pages = -(-window.end // self._cache.block_size)
+        return PagedWindow(self._cache.pages([self.blocks[:num_pages]]), parts)
+
+    # --- windows
+
+    def finish_forward(self, window: Window, hidden: Tensor) -> None:
+        """Loss of a window that the fused forward has computed; `hidden` [n, D] are its rows."""
+        evaluation = self.job.evaluating
+        d_hidden = None
+        if not evaluation:
+            assert self._gradients is not None
+            d_hidden = self._gradients.dx[window.start : window.end]
+        labels = self._labels[window.start : window.end]
+        denominator = 1.0 if evaluation else float(self.job.denominator)
+        window_loss(self._model, hidden, labels, self._total, denominator, d_hidden)
+
+    def backward(self, window: Window) -> None:
+        assert window.layer is not None and self._sequence is not None and self._gradients is not None
+        if window.end == self._sequence.num_tokens:
+            self._gradients.begin_layer()
+        layer = LayerBackward(self._model, self._cache, self.parameters, self.store, window.layer)
+        layer.run(window.start, self.positions(window), self.paged(window), self._gradients)
+
+    # --- steps
+
+    def optimizer_step(self) -> StepReport:
+        """Moves the parameters; raises TrainingDiverged after several gradients that were not finite."""
+        job = self.job
+        rate = job.learning_rate()
+        loss, accuracy = self._take_means()
+        norm = self.parameters.step(rate)
+        self.skipped_steps = 0 if norm is not None else self.skipped_steps + 1
+        if self.skipped_steps >= MAX_SKIPPED_STEPS:
+            raise TrainingDiverged(
+                f"the gradient was not finite in {self.skipped_steps} steps in a row, up to step {job.step + 1}"
+            )
+        num_tokens = sum(sequence.num_tokens for sequence in job.sequences)
+        self.trained_tokens += num_tokens
+        return StepReport(job.step + 1, rate, norm, loss, accuracy, num_tokens=num_tokens)
+
+    def evaluation_report(self) -> StepReport:
+        """Means over the validation set, once its last window has been computed."""
+        loss, accuracy = self._take_means()
+        return StepReport(self.job.step, valid_loss=loss, valid_accuracy=accuracy)
+
+    def _take_means(self) -> tuple[float, float]:
+        means = self._total.means()
+        self._total = LossSum.zero(self.device)
+        return means
+
+    def drop_step(self) -> None:
+        """Forgets the step in hand: its gradients and its sums."""
+        self.parameters.grad.zero_()
+        self._total = LossSum.zero(self.device)
+        self._sequence = None

@@ -1,0 +1,37 @@
+"""Gradient of `window_attention` for one window, given the sequence's keys and values up to its end."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from services.gpu_worker.kernels.attention import group_heads, ungroup_heads
+from services.gpu_worker.kernels.norm_rope import accumulation_dtype
+
+
+def window_attention_backward(
+    d_out: Tensor, q_NHE: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse_HN: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`d_out`, `out` [N, H * E]; `keys`, `values` [G, S, E]; the rest as the forward had and gave them.
+
+    Returns dQ [N, H, E], complete, and dK, dV [G, S, E], this window's part of the sequence's sum.
+    """
+    n, h, e = q_NHE.shape
+    g = keys.shape[0]
+    q, do, o = (group_heads(t.reshape(n, h, e), g) for t in (q_NHE, d_out, out))
+    lse = lse_HN.reshape(g, -1)
+    if q.device.type == "cpu":
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do[None], q[None], keys[None], values[None], o[None], lse[None], 0.0, False, attn_mask=mask
+        )
+        return ungroup_heads(dq[0], n), dk[0], dv[0]
+    wide = accumulation_dtype(q.dtype)
+    scale = 1 / math.sqrt(e)
+    probs = torch.exp(torch.bmm(q, keys.transpose(1, 2)).to(wide) * scale + mask - lse[..., None])
+    dp = torch.bmm(do, values.transpose(1, 2)).to(wide)
+    row = (do.to(wide) * o.to(wide)).sum(-1, keepdim=True)
+    ds = (probs * (dp - row) * scale).to(q.dtype)
+    dv = torch.bmm(probs.to(q.dtype).transpose(1, 2), do)
+    return ungroup_heads(torch.bmm(ds, keys), n), torch.bmm(ds.transpose(1, 2), q), dv

@@ -1,0 +1,139 @@
+"""Loading a Hugging Face checkpoint into fused, frozen tensors on the device."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from services.gpu_worker.model.config import ModelConfig, RopeConfig, UnsupportedModel
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One decoder layer. q, k, v are one matrix; so are gate and up."""
+
+    input_norm: Tensor  # [D]
+    qkv: Tensor  # [(H + 2G) * E, D]
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None  # [E]
+    k_norm: Tensor | None
+    o: Tensor  # [D, H * E]
+    post_norm: Tensor
+    gate_up: Tensor  # [2F, D]
+    down: Tensor  # [D, F]
+
+
+@dataclass(slots=True)
+class ModelWeights:
+    config: ModelConfig
+    embedding: Tensor  # [V, D]
+    layers: list[LayerWeights]
+    norm: Tensor
+    head: Tensor  # [V, D]; the embedding itself when tied
+    inverse_frequencies: Tensor  # float32 [E / 2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def size_bytes(self) -> int:
+        tensors = [self.embedding, self.norm]
+        if not self.config.tied_embeddings:
+            tensors.append(self.head)
+        for layer in self.layers:
+            tensors += [layer.qkv, layer.o, layer.gate_up, layer.down]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+Fetch = Callable[[str], Tensor]
+
+
+def load_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> ModelWeights:
+    """Reads `model.safetensors` or its shards; raises UnsupportedModel naming a tensor that is missing."""
+    config = ModelConfig.from_folder(folder)
+    files = _tensor_files(folder)
+    handles = {file: safe_open(folder / file, framework="pt") for file in set(files.values())}
+
+    def fetch(name: str) -> Tensor:
+        if name not in files:
+            raise UnsupportedModel(f"{folder}: no tensor {name!r} in the checkpoint")
+        tensor: Tensor = handles[files[name]].get_tensor(name)
+        return tensor.to(device=device, dtype=dtype)
+
+    return build_weights(config, fetch)
+
+
+def build_weights(config: ModelConfig, fetch: Fetch) -> ModelWeights:
+    """`fetch` gives a tensor by its Hugging Face name, in the dtype and on the device to compute with."""
+    embedding = fetch("model.embed_tokens.weight")
+    return ModelWeights(
+        config=config,
+        embedding=embedding,
+        layers=[_layer(config, fetch, f"model.layers.{i}.") for i in range(config.num_layers)],
+        norm=fetch("model.norm.weight"),
+        head=embedding if config.tied_embeddings else fetch("lm_head.weight"),
+        inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).to(embedding.device),
+    )
+
+
+def _layer(config: ModelConfig, fetch: Fetch, prefix: str) -> LayerWeights:
+    attention = prefix + "self_attn."
+    qkv = [f"{attention}{p}_proj" for p in "qkv"]
+    return LayerWeights(
+        input_norm=fetch(prefix + "input_layernorm.weight"),
+        qkv=torch.cat([fetch(f"{name}.weight") for name in qkv]),
+        qkv_bias=torch.cat([fetch(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
+        q_norm=fetch(attention + "q_norm.weight") if config.qk_norm else None,
+        k_norm=fetch(attention + "k_norm.weight") if config.qk_norm else None,
+        o=fetch(attention + "o_proj.weight"),
+        post_norm=fetch(prefix + "post_attention_layernorm.weight"),
+        gate_up=torch.cat([fetch(f"{prefix}mlp.{p}_proj.weight") for p in ("gate", "up")]),
+        down=fetch(prefix + "mlp.down_proj.weight"),
+    )
+
+
+def _tensor_files(folder: Path) -> dict[str, str]:
+    """Tensor name -> file of the folder."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return weight_map
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise UnsupportedModel(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
+    with safe_open(single, framework="pt") as handle:
+        return dict.fromkeys(handle.keys(), single.name)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Rotation per position of each pair of features, float32 [head_dim / 2].
+
+    The llama3 form stretches wavelengths beyond the original context by `factor` and blends in between.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / (rope.theta**exponent)
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "default":
+        return frequencies
+    low = rope.original_max_position / rope.low_freq_factor
+    high = rope.original_max_position / rope.high_freq_factor
+    wavelength = 2 * math.pi / frequencies
+    smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    stretched = torch.where(wavelength > low, frequencies / rope.factor, frequencies)
+    return torch.where((wavelength <= low) & (wavelength >= high), blended, stretched)

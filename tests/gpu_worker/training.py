@@ -1,0 +1,106 @@
+"""Runs a finetuning job's windows without an engine, cut as a test wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from services.gpu_worker.finetune.dataset import Dataset
+from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase, Window
+from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
+from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.model.adapters import LoraConfig
+from services.gpu_worker.model.context import Capture, ForwardContext
+from services.gpu_worker.model.transformer import Transformer
+from services.gpu_worker.model.weights import load_weights
+
+BLOCK_SIZE = 4
+
+
+def make_dataset(lengths: list[int], vocab_size: int, seed: int = 0, masked: float = 0.3) -> Dataset:
+    """Random examples; the first `masked` share of each is a prompt without labels."""
+    rng = np.random.default_rng(seed)
+    masks = [(np.arange(n) >= int(n * masked)).astype(np.uint8) for n in lengths]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = rng.integers(3, vocab_size, int(offsets[-1])).astype(np.int32)
+    return Dataset(tokens, np.concatenate(masks), offsets)
+
+
+def make_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    return Transformer(load_weights(folder, dtype, torch.device("cpu")), max_position=512)
+
+
+def make_trainer(
+    model: Transformer,
+    dataset: Dataset,
+    *,
+    lora: LoraConfig,
+    config: JobConfig | None = None,
+    validation: Dataset | None = None,
+    policy: str = "no_gu",
+    max_tokens_in_flight: int = 256,
+) -> Trainer:
+    config = config or JobConfig(batch_size=len(dataset))
+    job = FinetuneJob(
+        job_id="ftjob-test",
+        config=config,
+        training=examples_of(dataset),
+        validation=examples_of(validation) if validation else None,
+        num_layers=model.config.num_layers,
+        max_tokens_in_flight=max_tokens_in_flight,
+    )
+    num_blocks = -(-max_tokens_in_flight // BLOCK_SIZE)
+    weights = model.weights
+    cache = KVCache(
+        model.config.num_layers,
+        num_blocks,
+        BLOCK_SIZE,
+        model.config.num_kv_heads,
+        model.config.head_dim,
+        weights.dtype,
+        weights.device,
+    )
+    return Trainer(model, cache, job, lora, dataset, validation, policy)
+
+
+def forward(trainer: Trainer, window: Window) -> None:
+    model, cache = trainer._model, trainer._cache
+    positions = range(window.start, window.end)
+    blocks = [trainer.blocks[p // BLOCK_SIZE] for p in positions]
+    context = ForwardContext(
+        positions=trainer.positions(window),
+        slots=cache.slots(blocks, [p % BLOCK_SIZE for p in positions]),
+        windows=[trainer.paged(window)],
+        adapters=[(0, window.num_tokens, trainer.parameters.weights)],
+        captures=[]
+        if trainer.job.evaluating
+        else [Capture(slice(0, window.num_tokens), trainer.store, window.start)],
+    )
+    trainer.finish_forward(window, model.forward(trainer.tokens(window), cache, context))
+
+
+def advance(trainer: Trainer, window_size: Callable[[], int]) -> StepReport:
+    """Computes until the next optimizer step is due, or an evaluation is done; returns its report.
+
+    After an optimizer step's windows the gradients stay for the test to read; call `trainer.optimizer_step`.
+    """
+    job = trainer.job
+    blocks = list(range(trainer._cache.num_blocks - 1, -1, -1))  # not in order: tables are looked up
+    while job.phase in (Phase.FORWARD, Phase.BACKWARD):
+        if job.phase is Phase.FORWARD:
+            if job.position == 0:
+                trainer.begin(job.sequence, blocks)
+            evaluating = job.evaluating
+            window = job.next_forward(window_size())
+            forward(trainer, window)
+            job.complete(window)
+            if evaluating and not job.evaluating:
+                return trainer.evaluation_report()
+        else:
+            window = job.next_backward(window_size())
+            trainer.backward(window)
+            job.complete(window)
+    return StepReport(job.step)
