@@ -73,6 +73,15 @@ def sweep(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
+def tail(log_path: Path, num_lines: int = 15) -> str:
+    """The end of a child's log, for error messages."""
+    if not log_path.exists():
+        return ""
+    with log_path.open("rb") as log:
+        log.seek(max(0, log_path.stat().st_size - 64_000))
+        return "\n".join(log.read().decode(errors="replace").splitlines()[-num_lines:])
+
+
 def unprivileged_user() -> pwd.struct_passwd:
     """The user that servers which refuse to run as root are run as."""
     return pwd.getpwnam(UNPRIVILEGED_USER)

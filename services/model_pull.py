@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.errors import OperatorError
 from services.gguf_convert import GGUFError, convert_gguf
 from shared.model_folder import ModelFolder, ModelFolderError, check_model, describe_model, sha256_file
 
@@ -52,7 +53,7 @@ DEFAULT_MODEL = PackagedModel(
 )
 
 
-class PullError(RuntimeError):
+class PullError(OperatorError):
     """The model could not be brought here; the message says why and what to do."""
 
 

@@ -5,6 +5,7 @@ Nothing else in the project reads the environment.
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -91,3 +92,13 @@ class Settings(BaseSettings):
     @property
     def sync_database_url(self) -> str:
         return self.database_url
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """Our own environment, changed so that a child process reads the same settings."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("FLEXLLM_")}
+    return own | {
+        f"FLEXLLM_{name.upper()}": value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+        for name, value in settings
+        if value is not None
+    }
