@@ -9,7 +9,7 @@ over restarts, and end with us (`services.child`). Each is a context manager:
 """
 
 from services.embedded.postgres import EmbeddedPostgres
-from services.embedded.valkey import EmbeddedRedis
 from services.embedded.server import EmbeddedServerError
+from services.embedded.valkey import EmbeddedRedis
 
 __all__ = ["EmbeddedPostgres", "EmbeddedRedis", "EmbeddedServerError"]
