@@ -69,7 +69,7 @@ def make_trainer(
 def forward(trainer: Trainer, window: Window) -> None:
     model, cache = trainer._model, trainer._cache
     positions = range(window.start, window.end)
-    blocks = [trainer.blocks[p // BLOCK_SIZE] for p in positions]
+    blocks = [trainer.job.blocks[p // BLOCK_SIZE] for p in positions]
     context = ForwardContext(
         positions=trainer.positions(window),
         slots=cache.slots(blocks, [p % BLOCK_SIZE for p in positions]),
@@ -88,11 +88,11 @@ def advance(trainer: Trainer, window_size: Callable[[], int]) -> StepReport:
     After an optimizer step's windows the gradients stay for the test to read; call `trainer.optimizer_step`.
     """
     job = trainer.job
-    blocks = list(range(trainer._cache.num_blocks - 1, -1, -1))  # not in order: tables are looked up
+    job.blocks = list(range(trainer._cache.num_blocks - 1, -1, -1))  # not in order: tables are looked up
     while job.phase in (Phase.FORWARD, Phase.BACKWARD):
         if job.phase is Phase.FORWARD:
             if job.position == 0:
-                trainer.begin(job.sequence, blocks)
+                trainer.begin(job.sequence)
             evaluating = job.evaluating
             window = job.next_forward(window_size())
             forward(trainer, window)

@@ -55,6 +55,11 @@ class ActivationStore:
     def size_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._tensors.values())
 
+    def clear(self) -> None:
+        """Fills every buffer with zeros."""
+        for tensor in self._tensors.values():
+            tensor.zero_()
+
     def save(self, layer: int, start: int, rows: slice, activations: LayerActivations) -> None:
         """Keeps rows [rows] of a forward as the tokens from `start` on."""
         tokens = slice(start, start + rows.stop - rows.start)

@@ -105,6 +105,8 @@ class FinetuneJob:
     sequence_index: int = 0
     sequences: list[TrainingSequence] = field(default_factory=list)  # of the step or evaluation in hand
     evaluated_step: int = -1  # the last step after which the validation set was run
+    blocks: list[int] = field(default_factory=list)  # of the key/value cache, for the sequence in flight
+    restarts: int = 0  # how often a step in hand was given up
     served_tokens: float = 0.0  # token-layers computed per weight, for the fair share among jobs
 
     def __post_init__(self) -> None:
@@ -241,6 +243,7 @@ class FinetuneJob:
 
     def restart_step(self) -> None:
         """Gives up what the step in hand has computed; its gradients must be dropped with it."""
+        self.restarts += 1
         self._plan()
 
 

@@ -47,7 +47,7 @@ def examples_of(dataset: Dataset) -> Examples:
 
 
 class Trainer:
-    """Owns a job's parameters, its activations in flight, and the block table of its training sequence."""
+    """Owns a job's parameters and the activations of its training sequence in flight."""
 
     def __init__(
         self,
@@ -63,11 +63,11 @@ class Trainer:
         self.parameters = LoraParameters(
             model.config, lora, job.config, model.weights.dtype, model.weights.device
         )
-        self.blocks: list[int] = []
         self.trained_tokens = 0
         self.skipped_steps = 0  # in a row
         self._model, self._cache, self._policy = model, cache, policy
         self._training, self._validation = training, validation
+        self._restarts = 0  # of the job, when its gradients were last dropped
         self._store: ActivationStore | None = None
         self._gradients: GradientState | None = None
         self._total = LossSum.zero(model.weights.device)
@@ -90,12 +90,14 @@ class Trainer:
 
     # --- one training sequence
 
-    def begin(self, sequence: TrainingSequence, blocks: list[int]) -> None:
-        """Takes a sequence in hand; its keys and values live in `blocks` until the next `begin`."""
+    def begin(self, sequence: TrainingSequence) -> None:
+        """Takes a sequence in hand; its keys and values live in the job's blocks until the next `begin`."""
+        if self.job.restarts != self._restarts:
+            self._drop_step()
         dataset = self._validation if sequence.evaluation else self._training
         assert dataset is not None
         examples = [dataset.example(i) for i in sequence.examples]
-        self._sequence, self.blocks = sequence, blocks
+        self._sequence = sequence
         self._tokens = self._to_device(np.concatenate([tokens for tokens, _ in examples]).astype(np.int64))
         self._labels = self._to_device(np.concatenate([labels for _, labels in examples]))
         self._positions = self._to_device(np.concatenate([np.arange(len(tokens)) for tokens, _ in examples]))
@@ -146,13 +148,14 @@ class Trainer:
             for begin, a, b in self._sequence.parts(window.start, window.end)
         ]
         num_pages = -(-window.end // self._cache.block_size)
-        return PagedWindow(self._cache.pages([self.blocks[:num_pages]]), parts)
+        return PagedWindow(self._cache.pages([self.job.blocks[:num_pages]]), parts)
 
     # --- windows
 
     def finish_forward(self, window: Window, hidden: Tensor) -> None:
         """Loss of a window that the fused forward has computed; `hidden` [n, D] are its rows."""
-        evaluation = self.job.evaluating
+        assert self._sequence is not None
+        evaluation = self._sequence.evaluation
         d_hidden = None
         if not evaluation:
             assert self._gradients is not None
@@ -195,8 +198,8 @@ class Trainer:
         self._total = LossSum.zero(self.device)
         return means
 
-    def drop_step(self) -> None:
-        """Forgets the step in hand: its gradients and its sums."""
+    def _drop_step(self) -> None:
+        """Forgets a step that the scheduler gave up: its gradients and its sums."""
+        self._restarts = self.job.restarts
         self.parameters.grad.zero_()
         self._total = LossSum.zero(self.device)
-        self._sequence = None

@@ -1,0 +1,78 @@
+"""What one co-serving iteration computes, and what came out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from services.gpu_worker.engine.sequence import Logprob, Sequence
+from services.gpu_worker.finetune.job import FinetuneJob, TrainingSequence, Window
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `num_tokens` uncomputed tokens of a sequence: one for a decode, more for a piece of a prompt."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the sequence's end, so that its next token can be drawn."""
+        return self.start + self.num_tokens == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class JobWindow:
+    """A window of a job's training sequence. `begins` and `ends` mark the first and last of the sequence."""
+
+    job: FinetuneJob
+    sequence: TrainingSequence
+    window: Window
+    ends_evaluation: bool = False
+
+
+@dataclass(slots=True)
+class Batch:
+    """One fused forward over `chunks` and `forwards`, then `backwards` in order, then `optimizer_steps`."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    forwards: list[JobWindow] = field(default_factory=list)
+    backwards: list[JobWindow] = field(default_factory=list)
+    optimizer_steps: list[FinetuneJob] = field(default_factory=list)
+    limit_ms: float = 0.0
+    predicted_ms: float = 0.0
+
+    @property
+    def num_inference_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def num_forward_tokens(self) -> int:
+        return sum(work.window.num_tokens for work in self.forwards)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.chunks or self.forwards or self.backwards or self.optimizer_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The token drawn for a sequence."""
+
+    sequence: Sequence
+    token: int
+    logprob: Logprob | None = None
+
+
+@dataclass(slots=True)
+class Timing:
+    """Milliseconds of one iteration's parts, and the amount of work that they took."""
+
+    forward_ms: float = 0.0
+    backward_ms: float = 0.0
+    optimizer_ms: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        return self.forward_ms + self.backward_ms + self.optimizer_ms

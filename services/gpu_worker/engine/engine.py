@@ -1,0 +1,365 @@
+"""`Engine.step` is the whole system: schedule, run, update."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from services.gpu_worker.engine.batch import Batch, Timing
+from services.gpu_worker.engine.block_manager import BlockManager
+from services.gpu_worker.engine.model_runner import ModelRunner, RunResult
+from services.gpu_worker.engine.profile import profile
+from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
+from services.gpu_worker.engine.sequence import Logprob, Sampling, Sequence
+from services.gpu_worker.finetune.checkpoint import load_checkpoint, save_checkpoint
+from services.gpu_worker.finetune.dataset import Dataset
+from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
+from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
+from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.model.adapters import AdapterPool, LoraConfig, read_peft, write_peft
+from services.gpu_worker.model.transformer import Transformer
+from services.gpu_worker.model.weights import load_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class InvalidRequest(ValueError):
+    """A request that the engine cannot serve; nobody else is affected."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    model_dir: Path
+    device: str = "auto"
+    dtype: str = "auto"
+    num_threads: int = 0  # 0: all cores
+    block_size: int = 16
+    kv_cache_bytes: int = 0  # 0: a share of the free memory
+    max_adapters: int = 16
+    max_lora_rank: int = 128
+    max_finetune_jobs: int = 4
+    finetune_tokens_in_flight: int = 2048
+    activation_policy: str = "no_gu"
+    tpot_slo_ms: float = 250.0
+    ttft_slo_ms: float = 2000.0
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """A token of a request, its end, or both."""
+
+    request_id: str
+    token: int | None
+    finish: str | None = None  # stop, length
+    logprob: Logprob | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: list[Logprob | None] | None = None  # with the first event, where asked for
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """A report of a job, its completion (`finished`), or its failure."""
+
+    job_id: str
+    report: StepReport | None = None
+    finished: bool = False
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IterationStats:
+    """What one iteration was made of; tokens by kind, milliseconds planned and measured."""
+
+    num_decode_tokens: int = 0
+    num_prefill_tokens: int = 0
+    num_forward_tokens: int = 0  # of training and evaluation windows
+    num_backward_tokens: float = 0.0  # token-layers / layers
+    limit_ms: float = 0.0
+    predicted_ms: float = 0.0
+    timing: Timing = field(default_factory=Timing)
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+
+
+@dataclass(slots=True)
+class StepResult:
+    tokens: list[TokenEvent] = field(default_factory=list)
+    jobs: list[JobEvent] = field(default_factory=list)
+    stats: IterationStats = field(default_factory=IterationStats)
+
+
+class Engine:
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        device = _device(config.device)
+        if device.type == "cpu" and config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        weights = load_weights(config.model_dir, _dtype(config.dtype, device), device)
+        self.max_model_len = min(config.scheduler.max_model_len, weights.config.max_position)
+        longest = max(self.max_model_len, min(config.finetune_tokens_in_flight, weights.config.max_position))
+        self.model = Transformer(weights, longest)
+        self.cache = self._make_cache(device)
+        self.adapters = AdapterPool(config.max_adapters)
+        self.runner = ModelRunner(self.model, self.cache, self.adapters)
+        self.blocks = BlockManager(self.cache.num_blocks, config.block_size)
+        largest = config.scheduler.max_num_batched_tokens + config.scheduler.finetune_window
+        latency = profile(self.runner, largest, config.activation_policy)
+        self.scheduler = Scheduler(config.scheduler, self.blocks, latency)
+        self._sequences: dict[str, Sequence] = {}
+        self._jobs: dict[str, FinetuneJob] = {}
+
+    def _make_cache(self, device: torch.device) -> KVCache:
+        config, dtype = self.model.config, self.model.weights.dtype
+        block_bytes = 2 * config.num_layers * config.kv_size * dtype.itemsize * self.config.block_size
+        num_blocks = (self.config.kv_cache_bytes or _cache_bytes(device)) // block_bytes
+        if num_blocks * self.config.block_size < self.max_model_len:
+            raise ValueError(
+                f"the key/value cache holds {num_blocks * self.config.block_size} tokens, fewer than one "
+                f"sequence of {self.max_model_len}: raise kv_cache_bytes or lower max_model_len"
+            )
+        return KVCache(
+            config.num_layers,
+            num_blocks,
+            self.config.block_size,
+            config.num_kv_heads,
+            config.head_dim,
+            dtype,
+            device,
+        )
+
+    # --- one iteration
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> StepResult:
+        """One co-serving iteration; returns at once, empty, where nothing can be computed."""
+        batch = self.scheduler.schedule(time.monotonic())
+        if batch.is_empty:
+            return StepResult(stats=self._stats(batch, Timing()))
+        result = self.runner.run(batch)
+        progress = self.scheduler.update(batch, result.sampled, time.monotonic())
+        self._learn(batch, result.timing)
+        return StepResult(
+            [self._token_event(item) for item in progress],
+            self._job_events(batch, result),
+            self._stats(batch, result.timing),
+        )
+
+    def _learn(self, batch: Batch, timing: Timing) -> None:
+        self.scheduler.latency.observe(
+            batch.num_inference_tokens + batch.num_forward_tokens,
+            batch.num_forward_tokens,
+            timing.forward_ms,
+            [work.window.num_tokens for work in batch.backwards],
+            timing.backward_ms,
+            timing.optimizer_ms,
+        )
+
+    def _token_event(self, item: Progress) -> TokenEvent:
+        sequence = item.sequence
+        if item.finish is not None:
+            self._forget(sequence)
+        first = sequence.num_output_tokens <= 1
+        return TokenEvent(
+            sequence.request_id,
+            item.sampled.token if item.sampled else None,
+            item.finish,
+            item.sampled.logprob if item.sampled else None,
+            sequence.num_cached_tokens,
+            sequence.prompt_logprobs if first and sequence.sampling.prompt_logprobs is not None else None,
+        )
+
+    def _job_events(self, batch: Batch, result: RunResult) -> list[JobEvent]:
+        events = [JobEvent(job_id, report) for job_id, report in result.reports]
+        for job_id, error in result.failures:
+            self.remove_job(job_id)
+            events.append(JobEvent(job_id, error=error))
+        for job in list(self._jobs.values()):
+            if job.phase is Phase.DONE and job in self.scheduler.jobs:
+                self.scheduler.remove_job(job)
+                events.append(JobEvent(job.job_id, finished=True))
+        return events
+
+    def _stats(self, batch: Batch, timing: Timing) -> IterationStats:
+        decodes = sum(1 for chunk in batch.chunks if chunk.num_tokens == 1)
+        backward = sum(work.window.num_tokens for work in batch.backwards)
+        return IterationStats(
+            decodes,
+            batch.num_inference_tokens - decodes,
+            batch.num_forward_tokens,
+            backward / self.model.config.num_layers,
+            batch.limit_ms,
+            batch.predicted_ms,
+            timing,
+            len(self.scheduler.running),
+            len(self.scheduler.waiting),
+            self.blocks.num_free_blocks,
+        )
+
+    # --- requests
+
+    def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        sampling: Sampling,
+        *,
+        emitted: list[int] | None = None,
+        adapter: str | None = None,
+        cache_salt: str = "",
+        tpot_slo_ms: float | None = None,
+        ttft_slo_ms: float | None = None,
+    ) -> None:
+        """Queues a request; `emitted` are tokens that an earlier worker has already generated for it.
+
+        `adapter` is the digest of a loaded adapter, pinned until the request ends. Raises InvalidRequest.
+        """
+        self._check(request_id, prompt, sampling, adapter)
+        if adapter is not None:
+            self.adapters.pin(adapter)
+        sequence = Sequence(
+            request_id,
+            list(prompt) + (emitted or []),
+            len(prompt),
+            sampling,
+            adapter,
+            _cache_seed(adapter, cache_salt),
+            tpot_slo_ms or self.config.tpot_slo_ms,
+            ttft_slo_ms or self.config.ttft_slo_ms,
+            arrival_s=time.monotonic(),
+        )
+        self._sequences[request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def _check(self, request_id: str, prompt: list[int], sampling: Sampling, adapter: str | None) -> None:
+        vocab = self.model.config.vocab_size
+        if request_id in self._sequences:
+            raise InvalidRequest(f"request {request_id} is already running")
+        if not prompt or min(prompt) < 0 or max(prompt) >= vocab:
+            raise InvalidRequest(f"the prompt needs at least one token, each in [0, {vocab})")
+        if len(prompt) + sampling.max_tokens > self.max_model_len:
+            raise InvalidRequest(
+                f"{len(prompt)} prompt tokens and {sampling.max_tokens} to generate exceed {self.max_model_len}"
+            )
+        if any(not 0 <= token < vocab for token, _ in sampling.logit_bias):
+            raise InvalidRequest(f"logit_bias names a token outside of [0, {vocab})")
+        if adapter is not None and adapter not in self.adapters:
+            raise InvalidRequest(f"adapter {adapter} is not loaded")
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and frees what it holds; unknown ids are ignored."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self.scheduler.abort(sequence)
+            self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request_id]
+        if sequence.adapter is not None:
+            self.adapters.unpin(sequence.adapter)
+
+    def load_adapter(self, digest: str, files: Mapping[str, bytes]) -> None:
+        """Makes PEFT's two files servable; raises InvalidAdapter, or InvalidRequest when every slot is pinned."""
+        if digest in self.adapters:
+            return
+        if not self.adapters.can_load():
+            raise InvalidRequest(f"all {self.adapters.capacity} adapter slots are in use")
+        weights = self.model.weights
+        self.adapters.load(digest, read_peft(self.model.config, files, weights.dtype, weights.device))
+
+    # --- jobs
+
+    def can_add_job(self) -> bool:
+        return len(self._jobs) < self.config.max_finetune_jobs
+
+    def add_job(
+        self,
+        job_id: str,
+        config: JobConfig,
+        lora: LoraConfig,
+        training: Dataset,
+        validation: Dataset | None = None,
+        *,
+        weight: float = 1.0,
+        checkpoint: Mapping[str, bytes] | None = None,
+    ) -> FinetuneJob:
+        """Starts a job, or continues it from a checkpoint's files. Raises ValueError for what cannot run."""
+        job = FinetuneJob(
+            job_id,
+            config,
+            examples_of(training),
+            examples_of(validation) if validation else None,
+            self.model.config.num_layers,
+            min(self.config.finetune_tokens_in_flight, self.cache.num_blocks * self.config.block_size),
+            weight,
+        )
+        trainer = Trainer(
+            self.model, self.cache, job, lora, training, validation, self.config.activation_policy
+        )
+        if checkpoint is not None:
+            load_checkpoint(trainer, checkpoint)
+        self.runner.trainers[job_id] = trainer
+        self._jobs[job_id] = job
+        self.scheduler.add_job(job)
+        return job
+
+    def remove_job(self, job_id: str) -> None:
+        """Stops a job and frees what it holds; unknown ids are ignored."""
+        job = self._jobs.pop(job_id, None)
+        if job is None:
+            return
+        if job in self.scheduler.jobs:
+            self.scheduler.remove_job(job)
+        del self.runner.trainers[job_id]
+
+    def job(self, job_id: str) -> FinetuneJob:
+        return self._jobs[job_id]
+
+    def checkpoint_job(self, job_id: str) -> dict[str, bytes]:
+        """The job's state after its last optimizer step, as files."""
+        return save_checkpoint(self.runner.trainers[job_id])
+
+    def export_job(self, job_id: str, base_model: str) -> dict[str, bytes]:
+        """The job's adapter as PEFT's two files."""
+        parameters = self.runner.trainers[job_id].parameters
+        return write_peft(self.model.config, parameters.weights.config, base_model, parameters.masters())
+
+    def trained_tokens(self, job_id: str) -> int:
+        return self.runner.trainers[job_id].trained_tokens
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16, which both GPUs and CPUs with AVX512-BF16 or AMX compute fast; else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """What the key/value cache may take where nobody said: most of a GPU, 1 GiB of a CPU's memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * 0.6)
+    return 1 << 30
+
+
+def _cache_seed(adapter: str | None, salt: str) -> bytes:
+    """Keys and values depend on the adapter version; the salt keeps tenants apart."""
+    return hashlib.blake2b(f"{adapter}|{salt}".encode(), digest_size=32).digest()

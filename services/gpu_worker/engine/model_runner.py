@@ -1,0 +1,244 @@
+"""Computes a batch: one fused forward over everybody's tokens, sampling, then backward windows and updates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Sampled, Timing
+from services.gpu_worker.engine.sampler import logprob_entry, sample
+from services.gpu_worker.engine.sequence import Sequence
+from services.gpu_worker.finetune.trainer import StepReport, Trainer
+from services.gpu_worker.kernels.attention import causal_mask, length_mask
+from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.model.adapters import AdapterPool, LoraWeights
+from services.gpu_worker.model.context import (
+    Capture,
+    ForwardContext,
+    PagedDecode,
+    PagedWindow,
+    WindowPart,
+)
+from services.gpu_worker.model.transformer import Transformer
+
+
+@dataclass(slots=True)
+class RunResult:
+    sampled: list[Sampled] = field(default_factory=list)
+    reports: list[tuple[str, StepReport]] = field(default_factory=list)  # (job id, report)
+    failures: list[tuple[str, Exception]] = field(default_factory=list)  # (job id, what went wrong)
+    timing: Timing = field(default_factory=Timing)
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Who has which rows of the flat stream: training windows, then pieces of prompts, then decodes."""
+
+    forwards: list[tuple[JobWindow, slice]]
+    prompts: list[tuple[Chunk, slice]]
+    decodes: list[tuple[Chunk, slice]]
+
+    @property
+    def chunks(self) -> list[tuple[Chunk, slice]]:
+        return self.prompts + self.decodes
+
+
+class ModelRunner:
+    def __init__(self, model: Transformer, cache: KVCache, adapters: AdapterPool) -> None:
+        self.model = model
+        self.cache = cache
+        self.adapters = adapters
+        self.trainers: dict[str, Trainer] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.weights.device
+
+    def run(self, batch: Batch) -> RunResult:
+        """A failure in one job's own windows ends up in `failures` and touches nobody else."""
+        result = RunResult()
+        started = time.perf_counter()
+        if batch.chunks or batch.forwards:
+            self._forward(batch, result)
+        self._synchronize()
+        forwarded = time.perf_counter()
+        for work in batch.backwards:
+            trainer = self._trainer(work)
+            self._guarded(work.job.job_id, result, partial(trainer.backward, work.window))
+        self._synchronize()
+        went_back = time.perf_counter()
+        for job in batch.optimizer_steps:
+            self._guarded(job.job_id, result, partial(self._step, job.job_id, result))
+        self._synchronize()
+        ended = time.perf_counter()
+        result.timing = Timing(
+            (forwarded - started) * 1000, (went_back - forwarded) * 1000, (ended - went_back) * 1000
+        )
+        return result
+
+    def _guarded(self, job_id: str, result: RunResult, work: Callable[[], None]) -> None:
+        if any(job_id == failed for failed, _ in result.failures):
+            return
+        try:
+            work()
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            result.failures.append((job_id, error))
+
+    def _step(self, job_id: str, result: RunResult) -> None:
+        result.reports.append((job_id, self.trainers[job_id].optimizer_step()))
+
+    def _trainer(self, work: JobWindow) -> Trainer:
+        return self.trainers[work.job.job_id]
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # --- the fused forward
+
+    def _forward(self, batch: Batch, result: RunResult) -> None:
+        rows = self._lay_out(batch)
+        for work, _ in rows.forwards:
+            if work.window.start == 0:
+                self._trainer(work).begin(work.sequence)
+        tokens, context = self._context(rows)
+        hidden = self.model.forward(tokens, self.cache, context)
+        for work, span in rows.forwards:
+            finish = partial(self._finish_window, work, hidden[span], result)
+            self._guarded(work.job.job_id, result, finish)
+        for chunk, span in rows.prompts:
+            if chunk.sequence.sampling.prompt_logprobs is not None:
+                self._prompt_logprobs(chunk, hidden[span])
+        done = [(chunk.sequence, span.stop - 1) for chunk, span in rows.chunks if chunk.samples]
+        if done:
+            logits = self.model.logits(hidden[[row for _, row in done]])
+            result.sampled = sample(logits, [sequence for sequence, _ in done])
+
+    def _finish_window(self, work: JobWindow, hidden: Tensor, result: RunResult) -> None:
+        trainer = self._trainer(work)
+        trainer.finish_forward(work.window, hidden)
+        if work.ends_evaluation:
+            result.reports.append((work.job.job_id, trainer.evaluation_report()))
+
+    def _lay_out(self, batch: Batch) -> _Rows:
+        """Decodes are sorted by adapter, so that those who share one are one run of rows."""
+        prompts = [chunk for chunk in batch.chunks if chunk.num_tokens > 1]
+        decodes = [chunk for chunk in batch.chunks if chunk.num_tokens == 1]
+        decodes.sort(key=lambda chunk: chunk.sequence.adapter or "")
+        offset = 0
+
+        def span(num_tokens: int) -> slice:
+            nonlocal offset
+            offset += num_tokens
+            return slice(offset - num_tokens, offset)
+
+        return _Rows(
+            [(work, span(work.window.num_tokens)) for work in batch.forwards],
+            [(chunk, span(chunk.num_tokens)) for chunk in prompts],
+            [(chunk, span(1)) for chunk in decodes],
+        )
+
+    def _context(self, rows: _Rows) -> tuple[Tensor, ForwardContext]:
+        tokens: list[Tensor] = []
+        positions: list[Tensor] = []
+        blocks: list[int] = []
+        offsets: list[int] = []
+        windows: list[PagedWindow] = []
+        captures: list[Capture] = []
+        size = self.cache.block_size
+        for work, span in rows.forwards:
+            trainer, window = self._trainer(work), work.window
+            tokens.append(trainer.tokens(window))
+            positions.append(trainer.positions(window))
+            blocks += [work.job.blocks[i // size] for i in range(window.start, window.end)]
+            offsets += [i % size for i in range(window.start, window.end)]
+            windows.append(_shifted(trainer.paged(window), span.start))
+            if not work.sequence.evaluation:
+                captures.append(Capture(span, trainer.store, window.start))
+        flat: list[int] = []
+        places: list[int] = []
+        for chunk, span in rows.chunks:
+            table, end = chunk.sequence.block_table, chunk.start + chunk.num_tokens
+            flat += chunk.sequence.tokens[chunk.start : end]
+            places += range(chunk.start, end)
+            blocks += [table[i // size] for i in range(chunk.start, end)]
+            offsets += [i % size for i in range(chunk.start, end)]
+            if chunk.num_tokens > 1:
+                windows.append(self._prompt_window(chunk, span))
+        tokens.append(torch.tensor(flat, dtype=torch.int64, device=self.device))
+        positions.append(torch.tensor(places, dtype=torch.int64, device=self.device))
+        context = ForwardContext(
+            positions=torch.cat(positions),
+            slots=self.cache.slots(blocks, offsets),
+            windows=windows,
+            decode=self._decode(rows.decodes) if rows.decodes else None,
+            adapters=self._adapter_runs(rows),
+            captures=captures,
+        )
+        return torch.cat(tokens), context
+
+    def _prompt_window(self, chunk: Chunk, span: slice) -> PagedWindow:
+        end = chunk.start + chunk.num_tokens
+        config = self.model.config
+        group = config.num_heads // config.num_kv_heads
+        mask = causal_mask(chunk.num_tokens, end, group, self.model.weights.dtype, self.device)
+        pages = self.cache.pages([chunk.sequence.block_table[: -(-end // self.cache.block_size)]])
+        return PagedWindow(pages, [WindowPart(span, slice(0, end), mask)])
+
+    def _decode(self, decodes: list[tuple[Chunk, slice]]) -> PagedDecode:
+        size = self.cache.block_size
+        lengths = [chunk.start + 1 for chunk, _ in decodes]
+        tables = [
+            chunk.sequence.block_table[: -(-n // size)]
+            for (chunk, _), n in zip(decodes, lengths, strict=True)
+        ]
+        num_keys = max(len(table) for table in tables) * size
+        mask = length_mask(
+            torch.tensor(lengths, device=self.device),
+            num_keys,
+            self.model.config.num_kv_heads,
+            self.model.weights.dtype,
+        )
+        rows = slice(decodes[0][1].start, decodes[-1][1].stop)
+        return PagedDecode(rows, self.cache.pages(tables), mask)
+
+    def _adapter_runs(self, rows: _Rows) -> list[tuple[int, int, LoraWeights]]:
+        """Runs of neighbouring rows with the same adapter; rows of the base model are in none."""
+        runs: list[tuple[int, int, LoraWeights]] = [
+            (span.start, span.stop, self._trainer(work).parameters.weights) for work, span in rows.forwards
+        ]
+        for chunk, span in rows.chunks:
+            if chunk.sequence.adapter is None:
+                continue
+            weights = self.adapters.get(chunk.sequence.adapter)
+            if runs and runs[-1][1] == span.start and runs[-1][2] is weights:
+                runs[-1] = (runs[-1][0], span.stop, weights)
+            else:
+                runs.append((span.start, span.stop, weights))
+        return runs
+
+    def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Row i predicts token i + 1 of the prompt; the first token has no prediction."""
+        sequence: Sequence = chunk.sequence
+        assert sequence.sampling.prompt_logprobs is not None
+        if chunk.start == 0:
+            sequence.prompt_logprobs = [None]
+        count = min(chunk.num_tokens, sequence.num_prompt_tokens - 1 - chunk.start)
+        for i in range(count):
+            logprobs = torch.log_softmax(self.model.logits(hidden[i : i + 1])[0], -1)
+            token = sequence.tokens[chunk.start + i + 1]
+            entry = logprob_entry(logprobs, token, sequence.sampling.prompt_logprobs)
+            sequence.prompt_logprobs.append(entry)
+
+
+def _shifted(window: PagedWindow, offset: int) -> PagedWindow:
+    """The same keys for rows that start at `offset` of the stream."""
+    parts = [
+        WindowPart(slice(p.rows.start + offset, p.rows.stop + offset), p.keys, p.mask) for p in window.parts
+    ]
+    return PagedWindow(window.pages, parts)

@@ -1,0 +1,269 @@
+"""The hybrid token scheduler: inference takes the tokens it needs, finetuning what the service level leaves.
+
+Every sequence has tokens and a count of those computed; each iteration hands out tokens until they catch up.
+Training windows fill the rest of the iteration up to its limit, which is the time until the most urgent
+sequence's next token is due. Decides without tensors. Source: FlexLLM (arXiv 2402.18789), section 6.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Sampled
+from services.gpu_worker.engine.block_manager import BlockManager
+from services.gpu_worker.engine.latency import LatencyModel
+from services.gpu_worker.engine.sequence import Sequence
+from services.gpu_worker.finetune.job import FinetuneJob, Phase
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512  # inference tokens of one iteration
+    max_model_len: int = 2048
+    finetune_window: int = 256  # largest window, tokens
+    min_window: int = 16  # smaller pieces of work cost more than they bring
+    idle_ms: float = 250.0  # longest iteration when nobody waits: an arrival waits at most this
+    margin: float = 0.9  # share of the slack that is planned for
+    patience: int = 50  # iterations without finetuning before a smallest window is taken regardless
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What an iteration meant for one sequence."""
+
+    sequence: Sequence
+    sampled: Sampled | None
+    finish: str | None  # stop, length
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, latency: LatencyModel) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.latency = latency
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.jobs: list[FinetuneJob] = []
+        self._starved = 0  # iterations in a row in which jobs got nothing
+        self._reclaimed = False  # a job lost its blocks; it waits for more than it needs
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running or self.jobs)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Forgets a sequence and frees its blocks."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def add_job(self, job: FinetuneJob) -> None:
+        job.served_tokens = min((other.served_tokens for other in self.jobs), default=0.0)
+        self.jobs.append(job)
+
+    def remove_job(self, job: FinetuneJob) -> None:
+        self.jobs.remove(job)
+        self.blocks.free(job.blocks)
+        job.blocks = []
+
+    # --- one iteration
+
+    def schedule(self, now_s: float) -> Batch:
+        batch = Batch(limit_ms=self._limit_ms(now_s))
+        self._schedule_running(batch)
+        self._schedule_waiting(batch)
+        batch.predicted_ms = self.latency.forward_ms(batch.num_inference_tokens)
+        if self.jobs:
+            self._schedule_finetuning(batch)
+        return batch
+
+    def update(self, batch: Batch, sampled: list[Sampled], now_s: float) -> list[Progress]:
+        """Counts what was computed; returns the sequences that got a token or came to their end."""
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
+            sequence.num_computed_tokens += chunk.num_tokens
+            if sequence.cache_seed is not None:
+                computed = sequence.tokens[: sequence.num_computed_tokens]
+                self.blocks.register(
+                    sequence.cache_seed, computed, sequence.block_table, sequence.block_hashes
+                )
+        for job in batch.optimizer_steps:
+            job.complete_step()
+        return [self._advance(item, now_s) for item in sampled]
+
+    def _limit_ms(self, now_s: float) -> float:
+        """How long this iteration may take: the slack of the most urgent sequence, or the idle bound."""
+        deadlines = [sequence.deadline_s() for sequence in self.running]
+        deadlines += [sequence.deadline_s() for sequence in self.waiting]
+        slack_ms = min(((deadline - now_s) * 1000 for deadline in deadlines), default=self.config.idle_ms)
+        return self.config.margin * max(0.0, min(slack_ms, self.config.idle_ms))
+
+    # --- inference
+
+    def _schedule_running(self, batch: Batch) -> None:
+        for sequence in list(self.running):
+            if sequence not in self.running:
+                continue  # preempted for an older one
+            self._schedule_sequence(batch, sequence)
+
+    def _schedule_waiting(self, batch: Batch) -> None:
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            sequence = self.waiting[0]
+            if self._room(batch) <= 0 or not self._admit(sequence):
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            self._schedule_sequence(batch, sequence)
+
+    def _room(self, batch: Batch) -> int:
+        return self.config.max_num_batched_tokens - batch.num_inference_tokens
+
+    def _schedule_sequence(self, batch: Batch, sequence: Sequence) -> None:
+        num_tokens = min(sequence.num_uncomputed_tokens, self._room(batch))
+        if num_tokens > 1:
+            taken = batch.num_inference_tokens
+            fitting = self.latency.largest_chunk(batch.limit_ms, taken, num_tokens)
+            num_tokens = max(fitting, min(num_tokens, self.config.min_window))
+        if num_tokens <= 0 or not self._grow(sequence, sequence.num_computed_tokens + num_tokens):
+            return
+        batch.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Takes what the prefix cache has; False where the rest of the prompt would not fit."""
+        if sequence.cache_seed is not None and sequence.sampling.prompt_logprobs is None:
+            blocks, hashes = self.blocks.match_prefix(sequence.cache_seed, sequence.tokens)
+            sequence.block_table, sequence.block_hashes = blocks, hashes
+        needed = self.blocks.blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        reclaimable = sum(len(job.blocks) for job in self.jobs)
+        if needed > self.blocks.num_free_blocks + reclaimable:
+            self._release(sequence)
+            return False
+        sequence.num_computed_tokens = len(sequence.block_table) * self.blocks.block_size
+        if sequence.num_output_tokens == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        return True
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks for the first `num_tokens`; takes them from jobs, then from the newest sequences."""
+        needed = self.blocks.blocks_for(num_tokens) - len(sequence.block_table)
+        while not self.blocks.can_allocate(needed):
+            if self._reclaim_from_jobs():
+                continue
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += self.blocks.allocate(max(0, needed))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue; computed again later, from what the prefix cache still has."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.free(sequence.block_table)
+        sequence.block_table, sequence.block_hashes = [], []
+        sequence.num_computed_tokens = 0
+
+    def _advance(self, item: Sampled, now_s: float) -> Progress:
+        sequence, sampling = item.sequence, item.sequence.sampling
+        if sampling.max_tokens == 0:
+            return self._finish(sequence, None, "length")
+        if item.token in sampling.stop_token_ids:
+            return self._finish(sequence, None, "stop")
+        sequence.tokens.append(item.token)
+        sequence.last_token_s = now_s
+        full = sequence.num_tokens >= self.config.max_model_len
+        if full or sequence.num_output_tokens >= sampling.max_tokens:
+            return self._finish(sequence, item, "length")
+        return Progress(sequence, item, None)
+
+    def _finish(self, sequence: Sequence, item: Sampled | None, reason: str) -> Progress:
+        self.abort(sequence)
+        return Progress(sequence, item, reason)
+
+    # --- finetuning
+
+    def _schedule_finetuning(self, batch: Batch) -> None:
+        """Least served job first; each adds work until the iteration is full."""
+        forced = self._starved >= self.config.patience
+        for job in sorted(self.jobs, key=lambda job: job.served_tokens):
+            if job.phase is Phase.FORWARD:
+                self._add_forward(batch, job, forced)
+            elif job.phase is Phase.BACKWARD:
+                self._add_backwards(batch, job, forced)
+            if job.phase is Phase.OPTIMIZER and self._fits(batch, self.latency.optimizer_ms, forced):
+                batch.optimizer_steps.append(job)
+                batch.predicted_ms += self.latency.optimizer_ms
+        idle = not (batch.forwards or batch.backwards or batch.optimizer_steps)
+        self._starved = self._starved + 1 if idle else 0
+
+    def _fits(self, batch: Batch, cost_ms: float, forced: bool) -> bool:
+        return forced or batch.predicted_ms + cost_ms <= batch.limit_ms
+
+    def _add_forward(self, batch: Batch, job: FinetuneJob, forced: bool) -> None:
+        if job.position == 0 and not self._reserve_blocks(job):
+            return
+        beside = batch.num_inference_tokens + batch.num_forward_tokens
+        others_ms = batch.predicted_ms - self.latency.forward_ms(beside, batch.num_forward_tokens)
+        most = min(job.remaining_forward, self.config.finetune_window)
+        size = self.latency.largest_forward(batch.limit_ms - others_ms, beside, most)
+        size = self._acceptable(size, most, forced)
+        if not size:
+            return
+        sequence, evaluating = job.sequence, job.evaluating
+        window = job.next_forward(size)
+        job.complete(window)
+        batch.forwards.append(JobWindow(job, sequence, window, evaluating and not job.evaluating))
+        batch.predicted_ms = others_ms + self.latency.forward_ms(beside + size, batch.num_forward_tokens)
+
+    def _add_backwards(self, batch: Batch, job: FinetuneJob, forced: bool) -> None:
+        while job.phase is Phase.BACKWARD:
+            most = min(job.position, self.config.finetune_window)
+            size = self.latency.largest_backward(batch.limit_ms - batch.predicted_ms, most)
+            size = self._acceptable(size, most, forced and not batch.backwards)
+            if not size:
+                return
+            sequence, window = job.sequence, job.next_backward(size)
+            job.complete(window)
+            batch.backwards.append(JobWindow(job, sequence, window))
+            batch.predicted_ms += self.latency.backward_ms(size)
+
+    def _acceptable(self, size: int, most: int, forced: bool) -> int:
+        """`size`, or nothing where it is a crumb; the smallest window where a job has waited too long."""
+        smallest = min(self.config.min_window, most)
+        if size >= smallest:
+            return size
+        return smallest if forced else 0
+
+    def _reserve_blocks(self, job: FinetuneJob) -> bool:
+        """Blocks for the longest training sequence of the step in hand."""
+        longest = max(sequence.num_tokens for sequence in job.sequences)
+        needed = self.blocks.blocks_for(longest) - len(job.blocks)
+        spare = self.blocks.num_blocks // 10 if self._reclaimed else 0
+        if not self.blocks.can_allocate(max(0, needed) + spare):
+            return False
+        self._reclaimed = False
+        job.blocks += self.blocks.allocate(max(0, needed))
+        return True
+
+    def _reclaim_from_jobs(self) -> bool:
+        """Takes the most served job's blocks; its step in hand starts over. False where no job has any."""
+        holders = [job for job in self.jobs if job.blocks]
+        if not holders:
+            return False
+        victim = max(holders, key=lambda job: job.served_tokens)
+        self.blocks.free(victim.blocks)
+        victim.blocks = []
+        victim.restart_step()
+        self._reclaimed = True
+        return True
