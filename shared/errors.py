@@ -70,9 +70,21 @@ class NotClaimableError(ConflictError):
     code = "not_claimable"
 
 
+class JobCancelledError(ConflictError):
+    """The customer's cancellation came first; there is nothing to publish."""
+
+    code = "job_cancelled"
+
+
 class IdempotencyMismatchError(ServiceError):
     """The Idempotency-Key was used before with another request."""
 
     status = 422
     type = "invalid_request_error"
     code = "idempotency_key_reused"
+
+
+class LimitExceededError(ServiceError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"

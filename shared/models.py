@@ -207,7 +207,7 @@ class FtJob(Base):
     pause_requested: Mapped[No]
 
     # How far it is
-    step: Mapped[Zero]
+    step: Mapped[Zero]  # of this attempt
     furthest_step: Mapped[Zero]  # over all attempts
     total_steps: Mapped[Zero]
     trained_tokens: Mapped[Zero]
@@ -218,6 +218,7 @@ class FtJob(Base):
     result_version: Mapped[str | None] = mapped_column(
         ForeignKey("adapter_version.id", use_alter=True, name="fk_ft_job_result_version_adapter_version")
     )
+    fine_tuned_model: Mapped[str | None]  # the version's own name
     result_file: Mapped[str | None] = mapped_column(ForeignKey("file.id"))
     created_at: Mapped[Created]
     updated_at: Mapped[Created]
@@ -354,16 +355,15 @@ class AdapterAlias(Base):
 
 
 class Outbox(Base):
-    """A message to send once its transaction is committed; the relay sends it at least once."""
+    """A message to send once its transaction is committed; deleted when the relay has sent it."""
 
     __tablename__ = "outbox"
-    __table_args__ = (Index("ix_outbox_unsent", "id", postgresql_where=text("sent_at IS NULL")),)
 
     id: Mapped[Seq]
     topic: Mapped[str]
     key: Mapped[str]
+    due_at: Mapped[Created] = mapped_column(index=True)
     created_at: Mapped[Created]
-    sent_at: Mapped[datetime | None]
 
 
 class BgTask(Base):

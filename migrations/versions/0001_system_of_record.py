@@ -129,17 +129,20 @@ def create_tables() -> None:
         sa.Column("topic", sa.Text(), nullable=False),
         sa.Column("key", sa.Text(), nullable=False),
         sa.Column(
+            "due_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("clock_timestamp()"),
+            nullable=False,
+        ),
+        sa.Column(
             "created_at",
             sa.DateTime(timezone=True),
             server_default=sa.text("clock_timestamp()"),
             nullable=False,
         ),
-        sa.Column("sent_at", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_outbox")),
     )
-    op.create_index(
-        "ix_outbox_unsent", "outbox", ["id"], unique=False, postgresql_where=sa.text("sent_at IS NULL")
-    )
+    op.create_index(op.f("ix_outbox_due_at"), "outbox", ["due_at"], unique=False)
     op.create_table(
         "tenant",
         sa.Column("id", sa.Text(), nullable=False),
@@ -335,6 +338,7 @@ def create_tables() -> None:
         sa.Column("error_message", sa.Text(), nullable=True),
         sa.Column("error_param", sa.Text(), nullable=True),
         sa.Column("result_version", sa.Text(), nullable=True),
+        sa.Column("fine_tuned_model", sa.Text(), nullable=True),
         sa.Column("result_file", sa.Text(), nullable=True),
         sa.Column(
             "created_at",
