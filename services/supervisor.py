@@ -24,8 +24,7 @@ CRASH_WINDOW_S = 300.0
 MAX_CRASHES = 5  # within the window
 MAX_BACKOFF_S = 30.0
 MAX_LOG_BYTES = 32 << 20  # of a program's log before it is set aside at the next start
-Waiting = Callable[[str], None]  # takes what a start is waiting for
-Sleep = Callable[[float], None]
+Report = Callable[[str, str | None], None]  # a part's name, and what it waits for or None: ready
 
 
 class SupervisorError(OperatorError):
@@ -88,30 +87,26 @@ class Program:
 
 
 class Supervisor:
-    """Runs `parts`. Use as a context manager: leaving it stops whatever was started."""
+    """Runs parts. Use as a context manager: leaving it stops whatever was started."""
 
-    def __init__(self, parts: Sequence[Part], sleep: Sleep = time.sleep) -> None:
-        self._parts = parts
+    def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
         self._sleep = sleep
         self._started: list[Part] = []
-        self._crashes: dict[str, deque[float]] = {part.name: deque() for part in parts}
+        self._crashes: dict[str, deque[float]] = {}
         self._restart_at: dict[str, float] = {}
 
-    def start(self, timeout_s: float, waiting: Callable[[str], Waiting]) -> None:
-        """Starts every part, then waits for each in order; `waiting(name)` hears what it waits for.
-
-        Parts that take long to load do so side by side.
-        """
-        for part in self._parts:
-            part.start()
+    def start(self, parts: Sequence[Part], timeout_s: float, report: Report) -> None:
+        """Starts the parts, then waits for each in order; those that take long to load do so side by side."""
+        for part in parts:
             self._started.append(part)
-        for part in self._parts:
-            self._wait_until_ready(part, timeout_s, waiting(part.name))
+            part.start()
+        for part in parts:
+            self._wait_until_ready(part, timeout_s, report)
 
     def watch(self, is_over: Callable[[], bool]) -> None:
         """Restarts what crashes until `is_over`. Raises SupervisorError when a part crashes in a loop."""
         while not is_over():
-            for part in self._parts:
+            for part in self._started:
                 self.tend(part, time.monotonic())
             self._sleep(0.2)
 
@@ -138,7 +133,7 @@ class Supervisor:
 
     def _note_crash(self, part: Part, now: float) -> float:
         """Seconds to wait before the restart: 1, 2, 4 ... 30."""
-        crashes = self._crashes[part.name]
+        crashes = self._crashes.setdefault(part.name, deque())
         crashes.append(now)
         while crashes[0] < now - CRASH_WINDOW_S:
             crashes.popleft()
@@ -148,15 +143,16 @@ class Supervisor:
             )
         return min(MAX_BACKOFF_S, 2.0 ** (len(crashes) - 1))
 
-    def _wait_until_ready(self, part: Part, timeout_s: float, waiting: Waiting) -> None:
+    def _wait_until_ready(self, part: Part, timeout_s: float, report: Report) -> None:
         deadline = time.monotonic() + timeout_s
         while (problem := part.problem()) is not None:
             if not part.is_running:
                 raise SupervisorError(f"{part.name} ended at its start:\n{part.log_tail()}")
             if time.monotonic() > deadline:
                 raise SupervisorError(f"{part.name} is not ready after {timeout_s:.0f} s: {problem}")
-            waiting(problem)
+            report(part.name, problem)
             self._sleep(0.1)
+        report(part.name, None)
 
 
 def http_problem(url: str) -> str | None:
