@@ -83,6 +83,10 @@ class Settings(BaseSettings):
     checkpoint_every_s: float = 120.0
     checkpoints_kept: int = 2
     max_file_bytes: int = 512 * 1024 * 1024
+    min_training_examples: int = Field(default=10, ge=1)
+    dispatch_s: float = 0.5  # how often the store sends what was committed and looks for lost workers
+    sweep_s: float = 30.0  # how often background work that was lost is sent again
+    objects_kept_s: float = 24 * 3600.0  # before an object without a row is removed
 
     @cached_property
     def model_id(self) -> str:
