@@ -144,13 +144,13 @@ class Engine:
         """One co-serving iteration; returns at once, empty, where nothing can be computed."""
         batch = self.scheduler.schedule(time.monotonic())
         if batch.is_empty:
-            return StepResult(stats=self._stats(batch, Timing()))
+            return StepResult(jobs=self._job_events(RunResult()), stats=self._stats(batch, Timing()))
         result = self.runner.run(batch)
         progress = self.scheduler.update(batch, result.sampled, time.monotonic())
         self._learn(batch, result.timing)
         return StepResult(
             [self._token_event(item) for item in progress],
-            self._job_events(batch, result),
+            self._job_events(result),
             self._stats(batch, result.timing),
         )
 
@@ -178,7 +178,7 @@ class Engine:
             sequence.prompt_logprobs if first and sequence.sampling.prompt_logprobs is not None else None,
         )
 
-    def _job_events(self, batch: Batch, result: RunResult) -> list[JobEvent]:
+    def _job_events(self, result: RunResult) -> list[JobEvent]:
         events = [JobEvent(job_id, report) for job_id, report in result.reports]
         for job_id, error in result.failures:
             self.remove_job(job_id)

@@ -1,0 +1,87 @@
+"""Engines over tiny models, and requests run to their end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from services.gpu_worker.engine.engine import Engine, EngineConfig, JobEvent, TokenEvent
+from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.sequence import Logprob, Sampling
+
+
+@dataclass(slots=True)
+class Output:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    finish: str | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: list[Logprob | None] | None = None
+
+    def add(self, event: TokenEvent) -> None:
+        assert self.finish is None, "an event after the end"
+        if event.token is not None:
+            self.tokens.append(event.token)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+        self.finish = event.finish
+        self.cached_tokens = event.cached_tokens
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
+
+
+def make_engine(
+    folder: Path, *, num_blocks: int = 256, scheduler: dict[str, Any] | None = None, **config: Any
+) -> Engine:
+    """Float32 on one thread, blocks of 4 tokens; `scheduler` and `config` override their dataclasses' fields."""
+    torch.set_num_threads(1)
+    from services.gpu_worker.model.config import ModelConfig
+
+    model = ModelConfig.from_folder(folder)
+    block_size = config.pop("block_size", 4)
+    limits = {"max_model_len": 256, "max_num_batched_tokens": 64, "finetune_window": 32, "idle_ms": 1000.0}
+    settings: dict[str, Any] = {
+        "model_dir": folder,
+        "device": "cpu",
+        "dtype": "float32",
+        "block_size": block_size,
+        "kv_cache_bytes": num_blocks * block_size * model.num_layers * model.kv_size * 2 * 4,
+        "finetune_tokens_in_flight": 256,
+        "tpot_slo_ms": 10_000.0,  # tests of arithmetic must not depend on how busy the machine is
+        "ttft_slo_ms": 10_000.0,
+        "scheduler": SchedulerConfig(**{**limits, **(scheduler or {})}),
+    }
+    return Engine(EngineConfig(**{**settings, **config}))
+
+
+def prompt_of(engine: Engine, length: int, seed: int = 0) -> list[int]:
+    rng = np.random.default_rng(seed)
+    return [int(token) for token in rng.integers(3, engine.model.config.vocab_size, length)]
+
+
+def run(engine: Engine, *request_ids: str, max_steps: int = 5000) -> tuple[dict[str, Output], list[JobEvent]]:
+    """Steps until the requests are finished, or without any until the jobs are; blocks are checked each time."""
+    outputs = {request_id: Output() for request_id in request_ids}
+    jobs: list[JobEvent] = []
+    for _ in range(max_steps):
+        if request_ids and all(output.finish for output in outputs.values()):
+            return outputs, jobs
+        if not engine.has_work:
+            break
+        result = engine.step()
+        engine.blocks.check_integrity()
+        jobs += result.jobs
+        for event in result.tokens:
+            if event.request_id in outputs:
+                outputs[event.request_id].add(event)
+    assert all(output.finish for output in outputs.values()), "the engine stopped before its requests"
+    return outputs, jobs
+
+
+def generate(engine: Engine, prompt: list[int], sampling: Sampling, **options: Any) -> Output:
+    request_id = f"r{len(prompt)}-{id(sampling)}"
+    engine.add(request_id, prompt, sampling, **options)
+    return run(engine, request_id)[0][request_id]
