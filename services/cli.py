@@ -37,12 +37,14 @@ from services.stack import (
     running_stack,
 )
 from services.state import State
+from services.status import find_workers, is_on, progress_problem, this_host, worker_line
 from services.supervisor import Supervisor
 from shared.config import Settings
 from shared.errors import InvalidRequestError, NotFoundError, ServiceError
 from shared.keys import SCOPES, Scope, create_key, create_tenant, find_tenant, list_keys, revoke_key
 from shared.model_folder import ModelFolderError, describe_model
 from shared.models import ApiKey, Tenant
+from shared.queue import QueueUnavailable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,6 +75,8 @@ def main() -> None:
         app()
     except (OperatorError, ModelFolderError, ServiceError) as error:
         fail(str(error))
+    except QueueUnavailable as error:
+        fail(f"Redis does not answer: {error}")
     except OperationalError as error:
         fail(f"the database does not answer: {error.orig}")
     except KeyboardInterrupt:
@@ -116,6 +120,23 @@ def migrate(state_dir: StateDir = STATE_DIR) -> None:
     with operator_settings(State(state_dir)) as settings:
         upgrade(settings)
     console.print("the schema is up to date")
+
+
+@app.command()
+def status(
+    here: Annotated[bool, typer.Option("--here", help="Only workers of this machine.")] = False,
+    state_dir: StateDir = STATE_DIR,
+) -> None:
+    """Show the GPU workers; fails when none makes progress."""
+    settings = Settings()
+    if "redis_url" not in settings.model_fields_set:
+        settings = State(state_dir).running_settings()
+    workers = [worker for worker in find_workers(settings) if not here or is_on(worker, this_host())]
+    for worker in workers:
+        typer.echo(worker_line(worker))
+    problem = progress_problem(workers)
+    if problem is not None:
+        fail(problem)
 
 
 @keys.command("create")

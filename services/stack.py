@@ -22,6 +22,7 @@ from services.embedded import EmbeddedPostgres, EmbeddedRedis
 from services.errors import OperatorError
 from services.model_pull import DEFAULT_MODEL, pull_model
 from services.state import State, write_private
+from services.status import this_host, worker_problem
 from services.supervisor import Program, Report, Supervisor, http_problem
 from shared.config import Settings, child_environment
 from shared.db import make_engine, session_factory
@@ -30,6 +31,7 @@ from shared.model_folder import check_model
 
 DEV_TENANT = "dev"
 SERVER_TIMEOUT_S = 60.0
+Check = Callable[[], str | None]
 Result = TypeVar("Result")
 PROGRAM_TIMEOUT_S = 900.0  # the worker may have a large model to load
 
@@ -79,32 +81,25 @@ def stack_settings(
 
 def programs(settings: Settings, state: State) -> list[Program]:
     """The services in the order in which they start; they stop in the opposite one."""
-    api = f"http://127.0.0.1:{settings.api_port}"
-    store = f"http://127.0.0.1:{settings.store_port}"
-    celery = ("celery", "--app", "shared.celery", "worker", "--beat")
     environment = child_environment(settings)
 
-    def program(name: str, *module: str, ready_url: str, stop_timeout_s: float) -> Program:
-        return Program(
-            name=name,
-            argv=(sys.executable, "-m", *module),
-            environment=environment,
-            log_path=state.logs_dir / f"{name}.log",
-            check=partial(http_problem, ready_url),
-            stop_timeout_s=stop_timeout_s,
-        )
+    def program(name: str, *module: str, check: Check, stop_timeout_s: float) -> Program:
+        argv, log_path = (sys.executable, "-m", *module), state.logs_dir / f"{name}.log"
+        return Program(name, argv, environment, log_path, check, stop_timeout_s)
 
+    def lives(port: int) -> Check:
+        return partial(http_problem, f"http://127.0.0.1:{port}/livez")
+
+    tasks = ("celery", "--app", "services.adapter_store.celery", "worker", "--beat", "--loglevel", "info")
+    schedule = ("--schedule", str(state.directory / "beat-schedule"))
+    works = partial(worker_problem, settings, host=this_host())
     return [
-        program("adapter-store", "services.adapter_store", ready_url=f"{store}/readyz", stop_timeout_s=15),
-        program("tasks", *celery, ready_url=f"{store}/readyz", stop_timeout_s=30),
-        # the API is ready when a worker is, so the worker is waited for before the API itself
         program(
-            "gpu-worker",
-            "services.gpu_worker",
-            ready_url=f"{api}/readyz",
-            stop_timeout_s=settings.drain_s + 15,
+            "adapter-store", "services.adapter_store", check=lives(settings.store_port), stop_timeout_s=15
         ),
-        program("api", "services.api", ready_url=f"{api}/livez", stop_timeout_s=40),
+        program("tasks", *tasks, *schedule, check=lambda: None, stop_timeout_s=30),
+        program("gpu-worker", "services.gpu_worker", check=works, stop_timeout_s=settings.drain_s + 15),
+        program("api", "services.api", check=lives(settings.api_port), stop_timeout_s=40),
     ]
 
 

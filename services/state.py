@@ -80,7 +80,7 @@ class State:
         try:
             plain = json.loads(self.running_path.read_text())
         except FileNotFoundError:
-            raise StateError(f"FlexLLM on {self.directory} is still starting or stopping") from None
+            raise StateError(f"FlexLLM does not run on {self.directory}, or is still starting") from None
         return Settings(**{name.removeprefix(PREFIX).lower(): text for name, text in plain.items()})
 
 

@@ -75,7 +75,7 @@ def test_a_part_that_is_never_ready_is_given_up_with_its_reason(
     tmp_path: Path, supervisor: Supervisor
 ) -> None:
     part = make_program(tmp_path, FOREVER, ready_file="never")
-    with pytest.raises(SupervisorError, match="not ready after 0 s: no never yet"):
+    with pytest.raises(SupervisorError, match="part is not ready in time: no never yet"):
         supervisor.start([part], 0.2, ignore)
 
 
@@ -92,12 +92,13 @@ def test_parts_stop_in_the_opposite_order_of_their_start(tmp_path: Path) -> None
 def test_a_crashed_part_starts_again_after_its_backoff(tmp_path: Path, supervisor: Supervisor) -> None:
     part = make_program(tmp_path, "echo run >> $DIR/runs; exit 1")
     supervisor.start([part], 30, ignore)
+    watched = supervisor.find("part")
     wait_until_ended(part)
     first = part.process
-    supervisor.tend(part, now=100.0)  # notes the crash
-    supervisor.tend(part, now=100.9)
+    supervisor.tend(watched, now=100.0)  # notes the crash
+    supervisor.tend(watched, now=100.9)
     assert part.process is first
-    supervisor.tend(part, now=101.0)
+    supervisor.tend(watched, now=101.0)
     assert part.process is not first
     wait_until_ended(part)
     assert (tmp_path / "runs").read_text() == "run\nrun\n"
@@ -106,12 +107,13 @@ def test_a_crashed_part_starts_again_after_its_backoff(tmp_path: Path, superviso
 def test_a_part_that_crashes_in_a_loop_ends_the_watch(tmp_path: Path, supervisor: Supervisor) -> None:
     part = make_program(tmp_path, "echo out of luck; exit 1")
     supervisor.start([part], 30, ignore)
+    watched = supervisor.find("part")
 
     def crash_on() -> None:
         for crash in range(10):
             wait_until_ended(part)
-            supervisor.tend(part, now=31.0 * crash)
-            supervisor.tend(part, now=31.0 * crash + 30)
+            supervisor.tend(watched, now=31.0 * crash)
+            supervisor.tend(watched, now=31.0 * crash + 30)
 
     with pytest.raises(SupervisorError, match=r"part crashed 5 times in 5 minutes:[\s\S]*out of luck"):
         crash_on()
@@ -120,10 +122,27 @@ def test_a_part_that_crashes_in_a_loop_ends_the_watch(tmp_path: Path, supervisor
 def test_crashes_long_ago_are_forgiven(tmp_path: Path, supervisor: Supervisor) -> None:
     part = make_program(tmp_path, "exit 1")
     supervisor.start([part], 30, ignore)
+    watched = supervisor.find("part")
     for crash in range(8):
         wait_until_ended(part)
-        supervisor.tend(part, now=1000.0 * crash)
-        supervisor.tend(part, now=1000.0 * crash + 31)
+        supervisor.tend(watched, now=1000.0 * crash)
+        supervisor.tend(watched, now=1000.0 * crash + 31)
+
+
+def test_a_part_that_hangs_is_killed_and_started_again(tmp_path: Path, supervisor: Supervisor) -> None:
+    part = make_program(tmp_path, f"touch $DIR/up; {FOREVER}", ready_file="up")
+    supervisor.start([part], 30, ignore)
+    watched, first = supervisor.find("part"), part.process
+    supervisor.tend(watched, now=1000.0, is_check=True)
+    (tmp_path / "up").unlink()
+    supervisor.tend(watched, now=1119.0, is_check=True)
+    assert part.is_running
+    supervisor.tend(watched, now=1121.0, is_check=True)
+    wait_until_ended(part)
+    supervisor.tend(watched, now=1121.0)
+    supervisor.tend(watched, now=1122.0)
+    assert part.is_running
+    assert part.process is not first
 
 
 def test_nothing_runs_on_when_the_supervisor_is_killed(tmp_path: Path) -> None:
