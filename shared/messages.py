@@ -97,12 +97,30 @@ class Frame(Message):
     """Tokens `from_seq ...` of one request. Exactly one frame of a request has `finish` set."""
 
     request_id: str
+    attempt: int = 0  # fence of the worker that computed it
     from_seq: int
     tokens: tuple[int, ...] = ()
     finish: FinishReason | None = None
     error: str | None = None  # with finish == "error": code, such as "poisoned", "adapter_load_failed"
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per token, where asked for
     meta: RequestMeta | None = None
+
+
+class WorkerStatus(Message):
+    """What a worker says of itself at every beat."""
+
+    worker_id: str
+    model: str = ""
+    draining: bool = False
+    progress_age_s: float = 0.0  # since it was last idle or finished a step; the reader adds the report's age
+    engine_steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    total_blocks: int = 0
+    training_jobs: tuple[str, ...] = ()
+    finetune_tokens_per_s: float = 0.0
+    inference_tokens_per_s: float = 0.0
 
 
 # --- finetuning ------------------------------------------------------------------------------------------
