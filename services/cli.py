@@ -25,6 +25,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from migrations.run import upgrade
+from services.bucket import create_bucket
 from services.console import StartDisplay, key_lines, overview
 from services.errors import OperatorError
 from services.model_pull import DEFAULT_MODEL, pull_model
@@ -122,6 +123,12 @@ def migrate(state_dir: StateDir = STATE_DIR) -> None:
     console.print("the schema is up to date")
 
 
+@app.command("create-bucket")
+def make_bucket() -> None:
+    """Make the bucket of FLEXLLM_OBJECT_STORE_URL on an S3 server of your own."""
+    console.print(f"bucket {create_bucket(Settings())} exists")
+
+
 @app.command()
 def status(
     here: Annotated[bool, typer.Option("--here", help="Only workers of this machine.")] = False,
@@ -199,7 +206,9 @@ def pull(
     state_dir: StateDir = STATE_DIR,
 ) -> None:
     """Bring a base model into the state directory."""
-    folder = pull_model(source, State(state_dir).models_dir, revision, report=console.print)
+    state = State(state_dir)
+    state.prepare()
+    folder = pull_model(source, state.models_dir, revision, report=console.print)
     console.print(f"{folder.path}\nbase digest {folder.base_digest}", soft_wrap=True)
 
 

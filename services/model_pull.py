@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.errors import OperatorError
-from services.gguf_convert import GGUFError, convert_gguf
 from shared.model_folder import ModelFolder, ModelFolderError, check_model, describe_model, sha256_file
 
 MODEL_FILES = (
@@ -137,6 +136,8 @@ def copy_folder(source: Path, fresh: Path) -> None:
 
 
 def convert(gguf: Path, fresh: Path) -> None:
+    from services.gguf_convert import GGUFError, convert_gguf  # only the worker's installation has the reader
+
     try:
         convert_gguf(gguf, fresh)
     except GGUFError as error:

@@ -54,6 +54,7 @@ def find_model(model: str | None, state: State, report: Callable[[str], None]) -
     if model is not None and Path(model).is_dir():
         check_model(Path(model))
         return Path(model).resolve()
+    state.prepare()
     return pull_model(model or DEFAULT_MODEL.name, state.models_dir, report=report).path
 
 

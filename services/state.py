@@ -34,10 +34,14 @@ class State:
         self.key_path = self.directory / "dev-key"
         self.running_path = self.directory / "running.json"
 
+    def prepare(self) -> None:
+        """Makes the directory, which others may not enter: it holds customers' data."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
     @contextmanager
     def occupied(self) -> Iterator[None]:
         """Only one stack at a time runs on a state. Raises StateError when one does."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.prepare()
         with (self.directory / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
