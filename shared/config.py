@@ -61,12 +61,12 @@ class Settings(BaseSettings):
     activation_policy: str = "no_gu"
 
     # Service levels
-    tpot_slo_ms: float = Field(default=250.0, gt=0)
+    tpot_slo_ms: float = Field(default=150.0, gt=0)
     ttft_slo_ms: float = Field(default=2000.0, gt=0)
 
     # Queue protocol timers
     lease_s: float = 15.0
-    beat_s: float = 3.0
+    beat_s: float = 1.0  # a worker's leases and its report
     reap_s: float = 5.0
     worker_ttl_s: float = 30.0
     api_ttl_s: float = 10.0

@@ -119,8 +119,10 @@ class WorkerStatus(Message):
     free_blocks: int = 0
     total_blocks: int = 0
     training_jobs: tuple[str, ...] = ()
-    finetune_tokens_per_s: float = 0.0
+    finetune_tokens_per_s: float = 0.0  # tokens whose forward and backward are done
     inference_tokens_per_s: float = 0.0
+    finetune_tokens: float = 0.0  # since the worker's start
+    inference_tokens: int = 0
 
 
 # --- finetuning ------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ class Run:
     last_valid: StepReport | None = None
     first_valid: StepReport | None = None
     last_train: StepReport | None = None
+    trained_at: float | None = None  # unix time of the last optimizer step, for people
     saved_step: int = 0
     saved_s: float = 0.0
     beat_s: float = 0.0
@@ -237,7 +238,7 @@ class TrainingLink:
         now = time.monotonic()
         speed = None
         if report.train_loss is not None:
-            run.last_train = report
+            run.last_train, run.trained_at = report, time.time()
             speed = report.num_tokens / max(now - run.last_step_s, 1e-9)
             run.last_step_s = now
             if report.grad_norm is None:
@@ -428,6 +429,7 @@ def final_metrics(run: Run) -> dict[str, float]:
         "valid_loss": valid.valid_loss if valid else None,
         "valid_mean_token_accuracy": valid.valid_accuracy if valid else None,
         "base_valid_loss": first.valid_loss if first and first.step == 0 else None,
+        "trained_at": run.trained_at,
     }
     return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 

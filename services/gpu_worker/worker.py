@@ -30,23 +30,22 @@ IDLE_WAIT_S = 0.25
 
 @dataclass(slots=True)
 class Meter:
-    """Tokens per second since the last report."""
+    """Tokens since the start, and per second since the last report."""
 
-    since_s: float = field(default_factory=time.monotonic)
-    inference: float = 0.0
-    finetune: float = 0.0
+    inference: int = 0
+    finetune: float = 0.0  # forward and backward done
+    _reported: tuple[float, int, float] = field(default_factory=lambda: (time.monotonic(), 0, 0.0))
 
     def add(self, stats: IterationStats) -> None:
         self.inference += stats.num_decode_tokens + stats.num_prefill_tokens
         self.finetune += stats.num_backward_tokens
 
     def rates(self) -> tuple[float, float]:
-        """Inference tokens and finetuning tokens (forward and backward done) per second; starts anew."""
-        now = time.monotonic()
-        elapsed = max(now - self.since_s, 1e-9)
-        rates = self.inference / elapsed, self.finetune / elapsed
-        self.since_s, self.inference, self.finetune = now, 0.0, 0.0
-        return rates
+        """Inference and finetuning tokens per second since the last call."""
+        since, inference, finetune = self._reported
+        self._reported = time.monotonic(), self.inference, self.finetune
+        elapsed = max(self._reported[0] - since, 1e-9)
+        return (self.inference - inference) / elapsed, (self.finetune - finetune) / elapsed
 
 
 class Worker:
@@ -143,6 +142,8 @@ class Worker:
                 training_jobs=self._training.job_ids,
                 finetune_tokens_per_s=finetune,
                 inference_tokens_per_s=inference,
+                finetune_tokens=self._meter.finetune,
+                inference_tokens=self._meter.inference,
             )
         )
 
