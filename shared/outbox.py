@@ -17,6 +17,8 @@ from shared.models import BgTask, Outbox
 Topic = Literal["finetune"]  # key: a job id, for the finetune queue
 TaskKind = Literal["validate_dataset", "delete_object"]  # ref: a job id; an object's key
 
+SWEPT_AFTER = timedelta(seconds=20)  # the first sending is the caller's
+
 
 def send_after_commit(session: AsyncSession, topic: Topic, key: str, *, delay_s: float = 0.0) -> None:
     """The adapter store's relay sends it within about a second of becoming due."""
@@ -25,4 +27,5 @@ def send_after_commit(session: AsyncSession, topic: Topic, key: str, *, delay_s:
 
 async def require_task(session: AsyncSession, kind: TaskKind, ref: str) -> None:
     """A Celery task that is sent again until it is done. Send it once yourself after the commit."""
-    await session.execute(insert(BgTask).values(kind=kind, ref=ref).on_conflict_do_nothing())
+    task = insert(BgTask).values(kind=kind, ref=ref, due_at=now() + SWEPT_AFTER)
+    await session.execute(task.on_conflict_do_nothing())
