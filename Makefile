@@ -4,7 +4,7 @@ PYTEST_WORKERS ?= 2
 RUN := .venv/bin/python
 INSTALLED := .venv/.flexllm-installed
 
-.PHONY: demo up test lint format bench-peers clean
+.PHONY: demo up test lint format settings-table bench-peers clean
 
 demo: $(INSTALLED)
 	.venv/bin/flexllm demo
@@ -19,10 +19,14 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) scripts/settings_table.py --check
 
 format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+settings-table: $(INSTALLED)
+	$(RUN) scripts/settings_table.py
 
 bench-peers: $(INSTALLED)
 	$(RUN) -m benchmarks.peers
