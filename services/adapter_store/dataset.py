@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.adapter_store.examples import ChatExample, ExampleError, parse_example
+from services.adapter_store.examples import ChatExample, CompletionExample, ExampleError, parse_example
 from shared.dataset import DatasetWriter
 from shared.messages import DatasetRef
 from shared.storage import ObjectStore
-from shared.tokenizer import ChatTokenizer
+from shared.tokenizer import ChatTemplateError, ChatTokenizer
 
 MAX_LINE_BYTES = 1 << 20
 MAX_LINES = 1_000_000
@@ -32,6 +32,7 @@ class Rules:
 
     max_seq_len: int
     min_examples: int = 1
+    has_tools: bool = False  # the chat template shows tools and their calls
     budget_s: float = 600.0  # for one file
 
 
@@ -98,10 +99,17 @@ def clean(line: bytes, number: int) -> bytes:
     return (line.removeprefix(BOM) if number == 1 else line).removesuffix(b"\r")
 
 
-def encode(example: Any, tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
+def encode(
+    example: ChatExample | CompletionExample, tokenizer: ChatTokenizer, rules: Rules
+) -> tuple[list[int], list[int]]:
     """Tokens and their mask; a completion is learned to its end, the prompt before it is given."""
     if isinstance(example, ChatExample):
-        return tokenizer.encode_training(example.messages, example.tools)
+        if example.uses_tools and not rules.has_tools:
+            raise ExampleError("the chat template of this model has no place for tools")
+        try:
+            return tokenizer.encode_training(example.messages, example.tools)
+        except ChatTemplateError as error:
+            raise ExampleError(f"the chat template refuses the messages: {error}") from error
     prompt, completion = tokenizer.encode(example.prompt), tokenizer.encode(example.completion)
     completion = [*completion, tokenizer.eos_token_id]
     return prompt + completion, [0] * len(prompt) + [1] * len(completion)
@@ -115,7 +123,7 @@ def add_line(
         raise ExampleError(f"longer than {MAX_LINE_BYTES} bytes")
     if not line.strip():
         return
-    tokens, mask = encode(parse_example(line), tokenizer)
+    tokens, mask = encode(parse_example(line), tokenizer, rules)
     report.longest_example = max(report.longest_example, len(tokens))
     if len(tokens) > rules.max_seq_len:
         report.num_too_long += 1

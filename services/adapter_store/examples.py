@@ -35,6 +35,12 @@ class ChatExample:
     messages: list[dict[str, Any]]  # contents are strings or None
     tools: list[dict[str, Any]] | None
 
+    @property
+    def uses_tools(self) -> bool:
+        return bool(self.tools) or any(
+            message.get("tool_calls") or message.get("function_call") for message in self.messages
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class CompletionExample:

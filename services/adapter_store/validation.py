@@ -73,12 +73,13 @@ async def check_files(
     if job.base_model != settings.model_id:
         return Problem("model_not_found", f"the base model {job.base_model!r} is not served here", "model")
     spec = TrainSpec.model_validate(job.spec)
+    has_tools = "tool" in (read_chat_template(settings.model_dir) or "")
     for param in PARAMS:
         file_id = getattr(job, param)
         if file_id is None:
             continue
         minimum = settings.min_training_examples if param == "training_file" else 1
-        rules = Rules(max_seq_len=spec.max_seq_len, min_examples=minimum)
+        rules = Rules(spec.max_seq_len, minimum, has_tools)
         try:
             async with factory.begin() as session:
                 file = await get_file(session, job.tenant_id, file_id)
