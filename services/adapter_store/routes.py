@@ -30,7 +30,7 @@ from shared.messages import ADAPTER_FILES, adapter_prefix
 
 router = APIRouter(prefix="/v1")
 Name = Annotated[str, Path(max_length=63)]
-AliasName = Annotated[str, Path(pattern=r"^[a-z][a-z0-9._-]{0,62}\Z")]
+AliasName = Annotated[str, Path(pattern=r"^[a-z][a-z0-9._-]{0,62}$")]
 Number = Annotated[int, Path(ge=1, lt=2**31)]
 FOREVER = {"cache-control": "private, max-age=31536000, immutable"}
 
