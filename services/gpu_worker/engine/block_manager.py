@@ -20,9 +20,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._references = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(
-            range(num_blocks)
-        )  # least recently used first
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # in the order in which they are given out
         self._by_hash: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
 
@@ -37,7 +35,7 @@ class BlockManager:
         return num_blocks <= len(self._free)
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Takes blocks out of the free ones, the longest unused first. Requires `can_allocate(num_blocks)`."""
+        """Takes blocks out of the free ones. Requires `can_allocate(num_blocks)`."""
         blocks = []
         for _ in range(num_blocks):
             block, _ = self._free.popitem(last=False)
@@ -49,11 +47,13 @@ class BlockManager:
         return blocks
 
     def free(self, blocks: Iterable[int]) -> None:
-        """Gives references back; the last tokens of a table become reusable first."""
+        """Gives references back. Blocks without a prefix to find are given out first, then a prefix's end."""
         for block in reversed(list(blocks)):
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
+                if block not in self._hash_of:
+                    self._free.move_to_end(block, last=False)
 
     def match_prefix(self, seed: bytes, tokens: Sequence[int]) -> tuple[list[int], list[bytes]]:
         """Longest run of cached full blocks of `tokens`, at least one token short of all; takes references."""

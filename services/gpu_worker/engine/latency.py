@@ -79,9 +79,9 @@ class LatencyModel:
         """One layer backward over a window."""
         return self.backward(num_tokens) * self._backward.factor
 
-    def largest_forward(self, budget_ms: float, num_tokens: int, most: int) -> int:
-        """How many tokens of a training window fit beside `num_tokens` others; 0 where none do."""
-        return _largest(most, lambda n: self.forward_ms(num_tokens + n, n) <= budget_ms)
+    def largest_forward(self, budget_ms: float, num_tokens: int, num_loss_tokens: int, most: int) -> int:
+        """How many tokens of a training window fit beside the others of an iteration; 0 where none do."""
+        return _largest(most, lambda n: self.forward_ms(num_tokens + n, num_loss_tokens + n) <= budget_ms)
 
     def largest_chunk(self, budget_ms: float, num_tokens: int, most: int) -> int:
         """How many tokens of a prompt fit beside `num_tokens` others; 0 where none do."""

@@ -70,8 +70,7 @@ class Scheduler:
 
     def remove_job(self, job: FinetuneJob) -> None:
         self.jobs.remove(job)
-        self.blocks.free(job.blocks)
-        job.blocks = []
+        self._free_blocks(job)
 
     # --- one iteration
 
@@ -81,6 +80,7 @@ class Scheduler:
         self._schedule_waiting(batch)
         batch.predicted_ms = self.latency.forward_ms(batch.num_inference_tokens)
         if self.jobs:
+            batch.limit_ms = min(batch.limit_ms, self._catch_up_limit_ms(batch, now_s))
             self._schedule_finetuning(batch)
         return batch
 
@@ -96,22 +96,40 @@ class Scheduler:
                 )
         for job in batch.optimizer_steps:
             job.complete_step()
+            self._free_blocks(job)  # so that jobs take turns where memory holds one of them
         return [self._advance(item, now_s) for item in sampled]
 
     def _limit_ms(self, now_s: float) -> float:
-        """How long this iteration may take: the slack of the most urgent sequence, or the idle bound."""
-        deadlines = [sequence.deadline_s() for sequence in self.running]
-        deadlines += [sequence.deadline_s() for sequence in self.waiting]
-        slack_ms = min(((deadline - now_s) * 1000 for deadline in deadlines), default=self.config.idle_ms)
-        return self.config.margin * max(0.0, min(slack_ms, self.config.idle_ms))
+        """How long this iteration may take: until the most urgent decode is due, or the idle bound.
+
+        Whoever is late with a prompt is not helped by smaller pieces of it, so prompts set no limit here.
+        """
+        slack_ms = [(s.deadline_s() - now_s) * 1000 for s in self.running if s.num_uncomputed_tokens == 1]
+        return self.config.margin * max(0.0, min([*slack_ms, self.config.idle_ms]))
+
+    def _catch_up_limit_ms(self, batch: Batch, now_s: float) -> float:
+        """When finetuning has to stop so that those who catch up with their prompts are in time."""
+        scheduled = {chunk.sequence: chunk.num_tokens for chunk in batch.chunks}
+        limit_ms = self.config.idle_ms
+        for sequence in (*self.running, *self.waiting):
+            if sequence.num_uncomputed_tokens > 1 or sequence not in scheduled:
+                remaining = sequence.num_uncomputed_tokens - scheduled.get(sequence, 0)
+                slack_ms = (sequence.deadline_s() - now_s) * 1000
+                limit_ms = min(limit_ms, slack_ms - self._catch_up_ms(remaining))
+        return self.config.margin * max(0.0, limit_ms)
+
+    def _catch_up_ms(self, num_tokens: int) -> float:
+        full, rest = divmod(num_tokens, self.config.max_num_batched_tokens)
+        whole_ms = self.latency.forward_ms(self.config.max_num_batched_tokens)
+        return full * whole_ms + self.latency.forward_ms(rest)
 
     # --- inference
 
     def _schedule_running(self, batch: Batch) -> None:
-        for sequence in list(self.running):
-            if sequence not in self.running:
-                continue  # preempted for an older one
-            self._schedule_sequence(batch, sequence)
+        """Decodes first, so that no prompt takes their tokens."""
+        for sequence in sorted(self.running, key=lambda s: s.num_uncomputed_tokens > 1):
+            if sequence in self.running:  # else it was preempted for another
+                self._schedule_sequence(batch, sequence)
 
     def _schedule_waiting(self, batch: Batch) -> None:
         while self.waiting and len(self.running) < self.config.max_num_seqs:
@@ -131,7 +149,7 @@ class Scheduler:
             taken = batch.num_inference_tokens
             fitting = self.latency.largest_chunk(batch.limit_ms, taken, num_tokens)
             num_tokens = max(fitting, min(num_tokens, self.config.min_window))
-        if num_tokens <= 0 or not self._grow(sequence, sequence.num_computed_tokens + num_tokens):
+        if num_tokens <= 0 or not self._grow(batch, sequence, sequence.num_computed_tokens + num_tokens):
             return
         batch.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
 
@@ -150,7 +168,7 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed_tokens
         return True
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _grow(self, batch: Batch, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for the first `num_tokens`; takes them from jobs, then from the newest sequences."""
         needed = self.blocks.blocks_for(num_tokens) - len(sequence.block_table)
         while not self.blocks.can_allocate(needed):
@@ -158,6 +176,7 @@ class Scheduler:
                 continue
             victim = self.running[-1]
             self._preempt(victim)
+            batch.chunks = [chunk for chunk in batch.chunks if chunk.sequence is not victim]
             if victim is sequence:
                 return False
         sequence.block_table += self.blocks.allocate(max(0, needed))
@@ -199,7 +218,7 @@ class Scheduler:
         for job in sorted(self.jobs, key=lambda job: job.served_tokens):
             if job.phase is Phase.FORWARD:
                 self._add_forward(batch, job, forced)
-            elif job.phase is Phase.BACKWARD:
+            if job.phase is Phase.BACKWARD:
                 self._add_backwards(batch, job, forced)
             if job.phase is Phase.OPTIMIZER and self._fits(batch, self.latency.optimizer_ms, forced):
                 batch.optimizer_steps.append(job)
@@ -213,10 +232,11 @@ class Scheduler:
     def _add_forward(self, batch: Batch, job: FinetuneJob, forced: bool) -> None:
         if job.position == 0 and not self._reserve_blocks(job):
             return
-        beside = batch.num_inference_tokens + batch.num_forward_tokens
-        others_ms = batch.predicted_ms - self.latency.forward_ms(beside, batch.num_forward_tokens)
+        training = batch.num_forward_tokens
+        beside = batch.num_inference_tokens + training
+        others_ms = batch.predicted_ms - self.latency.forward_ms(beside, training)
         most = min(job.remaining_forward, self.config.finetune_window)
-        size = self.latency.largest_forward(batch.limit_ms - others_ms, beside, most)
+        size = self.latency.largest_forward(batch.limit_ms - others_ms, beside, training, most)
         size = self._acceptable(size, most, forced)
         if not size:
             return
@@ -224,7 +244,7 @@ class Scheduler:
         window = job.next_forward(size)
         job.complete(window)
         batch.forwards.append(JobWindow(job, sequence, window, evaluating and not job.evaluating))
-        batch.predicted_ms = others_ms + self.latency.forward_ms(beside + size, batch.num_forward_tokens)
+        batch.predicted_ms = others_ms + self.latency.forward_ms(beside + size, training + size)
 
     def _add_backwards(self, batch: Batch, job: FinetuneJob, forced: bool) -> None:
         while job.phase is Phase.BACKWARD:
@@ -247,23 +267,28 @@ class Scheduler:
 
     def _reserve_blocks(self, job: FinetuneJob) -> bool:
         """Blocks for the longest training sequence of the step in hand."""
-        longest = max(sequence.num_tokens for sequence in job.sequences)
-        needed = self.blocks.blocks_for(longest) - len(job.blocks)
-        spare = self.blocks.num_blocks // 10 if self._reclaimed else 0
-        if not self.blocks.can_allocate(max(0, needed) + spare):
+        wanted = self.blocks.blocks_for(max(sequence.num_tokens for sequence in job.sequences))
+        needed = max(0, wanted - len(job.blocks))
+        spare = min(self.blocks.num_blocks // 10, self.blocks.num_blocks - wanted) if self._reclaimed else 0
+        if needed and not self.blocks.can_allocate(needed + spare):
             return False
         self._reclaimed = False
-        job.blocks += self.blocks.allocate(max(0, needed))
+        job.blocks += self.blocks.allocate(needed)
         return True
 
+    def _free_blocks(self, job: FinetuneJob) -> None:
+        self.blocks.free(job.blocks)
+        job.blocks = []
+
     def _reclaim_from_jobs(self) -> bool:
-        """Takes the most served job's blocks; its step in hand starts over. False where no job has any."""
+        """Takes the most served job's blocks; False where no job has any. A step in hand starts over, unless
+        the job stands between two training sequences."""
         holders = [job for job in self.jobs if job.blocks]
         if not holders:
             return False
         victim = max(holders, key=lambda job: job.served_tokens)
-        self.blocks.free(victim.blocks)
-        victim.blocks = []
-        victim.restart_step()
+        self._free_blocks(victim)
+        if victim.reads_cache:
+            victim.restart_step()
         self._reclaimed = True
         return True

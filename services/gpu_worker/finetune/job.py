@@ -138,6 +138,11 @@ class FinetuneJob:
     def evaluating(self) -> bool:
         return self.phase is Phase.FORWARD and self.sequence.evaluation
 
+    @property
+    def reads_cache(self) -> bool:
+        """Whether the next window reads keys and values of windows before it."""
+        return self.phase is Phase.BACKWARD or (self.phase is Phase.FORWARD and self.position > 0)
+
     def step_examples(self, step: int) -> list[int]:
         """Indices of the examples of an optimizer step; a pure function of (seed, step)."""
         epoch, index = divmod(step, self.steps_per_epoch)
