@@ -12,6 +12,7 @@ from services.gpu_worker.engine.batch import Sampled
 from services.gpu_worker.engine.sequence import Logprob, Sampling, Sequence
 
 NUCLEUS_CANDIDATES = 512  # most likely tokens looked at before a full sort
+GREEDY_BELOW = 1e-5  # temperatures that a division would overflow at
 MASK64 = (1 << 64) - 1
 
 
@@ -31,7 +32,7 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
         if sequence.sampling.has_penalties:
             logits[row] = penalise(logits[row], sequence)
     tokens = logits.argmax(-1).tolist()
-    random_rows = [r for r, s in enumerate(sequences) if s.sampling.temperature > 0]
+    random_rows = [r for r, s in enumerate(sequences) if s.sampling.temperature > GREEDY_BELOW]
     if random_rows:
         chosen = _draw(logits[random_rows], [sequences[r] for r in random_rows])
         for row, token in zip(random_rows, chosen, strict=True):
@@ -117,6 +118,6 @@ def _entry(logprobs: Tensor | None, token: int, num_top: int | None) -> Logprob 
 
 def logprob_entry(logprobs: Tensor, token: int, num_top: int) -> Logprob:
     """`logprobs` [V] of one position."""
-    values, ids = logprobs.topk(num_top)
+    values, ids = logprobs.topk(min(num_top, len(logprobs)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return Logprob(float(logprobs[token]), top)
