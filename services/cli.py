@@ -6,7 +6,6 @@ Thin: what a command does stands in the modules that it calls. `keys` and `migra
 
 from __future__ import annotations
 
-import importlib
 import signal
 import sys
 import threading
@@ -111,8 +110,9 @@ def demo(
 ) -> None:
     """Start everything, serve and finetune at once for a few minutes, and stop."""
     with stack(model, state_dir, api_port, store_port) as (supervisor, settings, key):
-        scenario = importlib.import_module("services.demo")
-        run_beside(supervisor, lambda: scenario.run_demo(settings, key, console))
+        from services.demo import run_demo  # needs the extra `demo`, which a server has no use for
+
+        run_beside(supervisor, lambda: run_demo(settings, key, console, state_dir))
 
 
 @app.command()
