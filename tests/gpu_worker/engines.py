@@ -12,6 +12,8 @@ import torch
 from services.gpu_worker.engine.engine import Engine, EngineConfig, JobEvent, TokenEvent
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
+from services.gpu_worker.model.adapters import LoraConfig, LoraWeights, write_peft
+from services.gpu_worker.model.config import ModelConfig
 
 
 @dataclass(slots=True)
@@ -38,8 +40,6 @@ def make_engine(
 ) -> Engine:
     """Float32 on one thread, blocks of 4 tokens; `scheduler` and `config` override their dataclasses' fields."""
     torch.set_num_threads(1)
-    from services.gpu_worker.model.config import ModelConfig
-
     model = ModelConfig.from_folder(folder)
     block_size = config.pop("block_size", 4)
     limits = {"max_model_len": 256, "max_num_batched_tokens": 64, "finetune_window": 32, "idle_ms": 1000.0}
@@ -85,3 +85,28 @@ def generate(engine: Engine, prompt: list[int], sampling: Sampling, **options: A
     request_id = f"r{len(prompt)}-{id(sampling)}"
     engine.add(request_id, prompt, sampling, **options)
     return run(engine, request_id)[0][request_id]
+
+
+def make_adapter(
+    model: ModelConfig,
+    *,
+    rank: int = 4,
+    alpha: float = 8.0,
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "down_proj"),
+    seed: int = 0,
+    rslora: bool = False,
+    std: float = 0.2,
+) -> dict[str, bytes]:
+    """PEFT's two files of an adapter with random weights, large enough to change every token."""
+    lora = LoraConfig(rank, alpha, targets, rslora)
+    generator = torch.Generator().manual_seed(seed)
+    blocks = LoraWeights(model, lora, torch.float32, torch.device("cpu")).blocks
+    tensors = {
+        (layer, name): (
+            torch.randn(rank, projection.in_features, generator=generator) * std,
+            torch.randn(projection.out_features, rank, generator=generator) * std,
+        )
+        for layer in range(model.num_layers)
+        for name, (projection, _) in blocks.items()
+    }
+    return write_peft(model, lora, "tiny", tensors)

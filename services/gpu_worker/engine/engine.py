@@ -223,7 +223,7 @@ class Engine:
 
         `adapter` is the digest of a loaded adapter, pinned until the request ends. Raises InvalidRequest.
         """
-        self._check(request_id, prompt, sampling, adapter)
+        self._check(request_id, prompt, emitted or [], sampling, adapter)
         if adapter is not None:
             self.adapters.pin(adapter)
         sequence = Sequence(
@@ -240,18 +240,23 @@ class Engine:
         self._sequences[request_id] = sequence
         self.scheduler.add(sequence)
 
-    def _check(self, request_id: str, prompt: list[int], sampling: Sampling, adapter: str | None) -> None:
+    def _check(
+        self, request_id: str, prompt: list[int], emitted: list[int], sampling: Sampling, adapter: str | None
+    ) -> None:
         vocab = self.model.config.vocab_size
         if request_id in self._sequences:
             raise InvalidRequest(f"request {request_id} is already running")
-        if not prompt or min(prompt) < 0 or max(prompt) >= vocab:
+        if not prompt or min(prompt + emitted) < 0 or max(prompt + emitted) >= vocab:
             raise InvalidRequest(f"the prompt needs at least one token, each in [0, {vocab})")
+        problem = sampling.find_problem(vocab)
+        if problem is not None:
+            raise InvalidRequest(problem)
+        if emitted and len(emitted) >= sampling.max_tokens:
+            raise InvalidRequest(f"all {sampling.max_tokens} tokens have been generated already")
         if len(prompt) + sampling.max_tokens > self.max_model_len:
             raise InvalidRequest(
                 f"{len(prompt)} prompt tokens and {sampling.max_tokens} to generate exceed {self.max_model_len}"
             )
-        if any(not 0 <= token < vocab for token, _ in sampling.logit_bias):
-            raise InvalidRequest(f"logit_bias names a token outside of [0, {vocab})")
         if adapter is not None and adapter not in self.adapters:
             raise InvalidRequest(f"adapter {adapter} is not loaded")
 

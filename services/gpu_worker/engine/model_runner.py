@@ -26,6 +26,8 @@ from services.gpu_worker.model.context import (
 )
 from services.gpu_worker.model.transformer import Transformer
 
+LOGPROB_ROWS = 64  # of a prompt whose full logits exist at a time
+
 
 @dataclass(slots=True)
 class RunResult:
@@ -106,12 +108,15 @@ class ModelRunner:
         for work, _ in rows.forwards:
             if work.window.start == 0:
                 self._trainer(work).begin(work.sequence)
+        entered = _entered_blocks(rows, self.cache.block_size)
+        if entered:
+            self.cache.clear(entered)
         tokens, context = self._context(rows)
         hidden = self.model.forward(tokens, self.cache, context)
         for work, span in rows.forwards:
             finish = partial(self._finish_window, work, hidden[span], result)
             self._guarded(work.job.job_id, result, finish)
-        for chunk, span in rows.prompts:
+        for chunk, span in rows.chunks:
             if chunk.sequence.sampling.prompt_logprobs is not None:
                 self._prompt_logprobs(chunk, hidden[span])
         done = [(chunk.sequence, span.stop - 1) for chunk, span in rows.chunks if chunk.samples]
@@ -228,12 +233,23 @@ class ModelRunner:
         assert sequence.sampling.prompt_logprobs is not None
         if chunk.start == 0:
             sequence.prompt_logprobs = [None]
-        count = min(chunk.num_tokens, sequence.num_prompt_tokens - 1 - chunk.start)
-        for i in range(count):
-            logprobs = torch.log_softmax(self.model.logits(hidden[i : i + 1])[0], -1)
-            token = sequence.tokens[chunk.start + i + 1]
-            entry = logprob_entry(logprobs, token, sequence.sampling.prompt_logprobs)
-            sequence.prompt_logprobs.append(entry)
+        count = max(0, min(chunk.num_tokens, sequence.num_prompt_tokens - 1 - chunk.start))
+        predicted = sequence.tokens[chunk.start + 1 : chunk.start + 1 + count]
+        for start in range(0, count, LOGPROB_ROWS):
+            logits = self.model.logits(hidden[start : min(start + LOGPROB_ROWS, count)])
+            for row, token in zip(torch.log_softmax(logits, -1), predicted[start:], strict=False):
+                entry = logprob_entry(row, token, sequence.sampling.prompt_logprobs)
+                sequence.prompt_logprobs.append(entry)
+
+
+def _entered_blocks(rows: _Rows, block_size: int) -> list[int]:
+    """The last block of each chunk that starts in it: its rest is read by decodes before it is written."""
+    found = []
+    for chunk, _ in rows.chunks:
+        last = (chunk.start + chunk.num_tokens - 1) // block_size
+        if last * block_size >= chunk.start:
+            found.append(chunk.sequence.block_table[last])
+    return found
 
 
 def _shifted(window: PagedWindow, offset: int) -> PagedWindow:

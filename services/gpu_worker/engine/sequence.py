@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+
+SAMPLING_BOUNDS: dict[str, tuple[float, float]] = {
+    "max_tokens": (0, math.inf),
+    "temperature": (0, 100),
+    "top_p": (1e-9, 1),
+    "top_k": (0, math.inf),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-3, 1e3),
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+    "logprobs": (0, math.inf),
+    "prompt_logprobs": (0, math.inf),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +41,17 @@ class Sampling:
     def has_penalties(self) -> bool:
         neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
         return not neutral or bool(self.logit_bias)
+
+    def find_problem(self, vocab_size: int) -> str | None:
+        """Words for a value that no token can be drawn with; None where all are fine."""
+        for name, (low, high) in SAMPLING_BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                return f"{name} {value} is not in [{low}, {high}]"
+        for token, bias in self.logit_bias:
+            if not 0 <= token < vocab_size or not math.isfinite(bias):
+                return f"logit_bias {bias} of token {token}: a number, of a token in [0, {vocab_size})"
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,11 +45,19 @@ class KVCache:
         return slots.flatten().to(self.device)
 
     def pages(self, block_tables: list[list[int]]) -> Tensor:
-        """Gather index of B block tables, the shorter padded with block 0: int64 [B * G * num_pages]."""
+        """Gather index of B block tables, the shorter padded with a block of theirs: int64 [B * G * num_pages]."""
         width = max(len(table) for table in block_tables)
-        padded = torch.tensor([t + [0] * (width - len(t)) for t in block_tables], dtype=torch.int64)
+        padded = torch.tensor([t + t[:1] * (width - len(t)) for t in block_tables], dtype=torch.int64)
         head = torch.arange(self.num_kv_heads, dtype=torch.int64)[None, :, None]
         return (padded[:, None, :] * self.num_kv_heads + head).flatten().to(self.device)
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zeroes blocks that will be read before they are full. A mask alone does not hide what an earlier
+        owner left there: its weight is zero, but zero times infinity is not."""
+        rows = torch.tensor(blocks, dtype=torch.int64)[:, None] * self.num_kv_heads
+        rows = (rows + torch.arange(self.num_kv_heads, dtype=torch.int64)).flatten().to(self.device)
+        self.keys.index_fill_(1, rows, 0)
+        self.values.index_fill_(1, rows, 0)
 
     def write(self, layer: int, slots: Tensor, k_NGE: Tensor, v_NGE: Tensor) -> None:
         self.keys[layer].view(-1, self.head_dim).index_copy_(0, slots, k_NGE.reshape(-1, self.head_dim))
