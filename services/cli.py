@@ -261,8 +261,9 @@ def stop_on_signals() -> None:
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, interrupt)
 
 
 def checked_scopes(names: Sequence[str]) -> tuple[Scope, ...]:
