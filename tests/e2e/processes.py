@@ -1,0 +1,58 @@
+"""The real services as child processes of a test."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from signal import SIGTERM
+
+import httpx
+
+from services import child
+from shared.config import Settings, child_environment
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Processes:
+    """Starts services by module name; whatever is left is stopped at the end of the test."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._environment = {**child_environment(settings), "OMP_NUM_THREADS": "1"}
+        self._folder = folder
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *module: str) -> subprocess.Popen[bytes]:
+        log = (self._folder / f"{module[0]}.log").open("ab")
+        process = child.spawn([sys.executable, "-m", *module], log=log, env=self._environment)
+        self._children.append(process)
+        return process
+
+    def log(self, module: str) -> str:
+        return (self._folder / f"{module}.log").read_text()
+
+    def stop(self) -> None:
+        for process in self._children:
+            child.stop(process, SIGTERM, 15)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
+        time.sleep(0.05)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=1, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False

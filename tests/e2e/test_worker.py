@@ -1,0 +1,258 @@
+"""The real worker process between the real queues, the real adapter store and real files."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncEngine
+from transformers import AutoModelForCausalLM
+
+from services.adapter_store import tasks
+from shared.config import Settings
+from shared.db import SessionFactory
+from shared.files import file_key
+from shared.jobs import get_job, list_events
+from shared.messages import (
+    ADAPTER_FILES,
+    AdapterRef,
+    GenerateRequest,
+    LoraSpec,
+    SamplingParams,
+    TrainSpec,
+)
+from shared.model_folder import describe_model
+from shared.models import AdapterVersion, BaseModelRow, Checkpoint, FtJob
+from shared.queue import InferenceClient, open_async_redis
+from shared.storage import ObjectStore
+from shared.tokenizer import ChatTokenizer
+from tests.e2e.processes import Processes, answers, free_port, wait_until
+from tests.records import make_file, make_job, make_tenant
+
+STORE = "services.adapter_store"
+WORKER = "services.gpu_worker"
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """Short timers, so that a killed worker's work moves on within seconds."""
+    port = free_port()
+    return settings.model_copy(
+        update={
+            "store_port": port,
+            "adapter_store_url": f"http://127.0.0.1:{port}",
+            "dtype": "float32",
+            "kv_cache_bytes": 8 << 20,
+            "max_model_len": 512,
+            "lease_s": 2.0,
+            "beat_s": 0.2,
+            "reap_s": 0.2,
+            "worker_ttl_s": 5.0,
+            "job_lease_s": 3.0,
+            "job_beat_s": 0.2,
+            "checkpoint_every_steps": 2,
+            "finetune_tokens_in_flight": 512,
+            "drain_s": 5.0,
+        }
+    )
+
+
+@pytest.fixture
+def processes(settings: Settings, tmp_path: Path) -> Iterator[Processes]:
+    running = Processes(settings, tmp_path)
+    running.start(STORE)
+    wait_until(lambda: answers(f"{settings.adapter_store_url}/livez"), "the adapter store")
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+async def client(settings: Settings) -> AsyncIterator[InferenceClient]:
+    async with (
+        open_async_redis(settings.redis_url) as redis,
+        InferenceClient(redis, settings, "api") as client,
+    ):
+        yield client
+
+
+def make_request(settings: Settings, number: int, **fields: object) -> GenerateRequest:
+    tokenizer = ChatTokenizer(settings.model_dir)
+    prompt = tokenizer.encode_chat(
+        [{"role": "user", "content": f"Count to {number}."}], add_generation_prompt=True
+    )
+    sampling = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    values = {"request_id": f"req-{number}", "tenant_id": "t", "prompt": tuple(prompt), "sampling": sampling}
+    return GenerateRequest(**{**values, **fields})
+
+
+async def collect(client: InferenceClient, request: GenerateRequest) -> list[int]:
+    """The request's tokens; every one exactly once and in order."""
+    tokens: list[int] = []
+    await client.enqueue(request)
+    async for frame in client.stream(request):
+        assert frame.from_seq == len(tokens)
+        tokens += frame.tokens
+        assert frame.error is None
+    return tokens
+
+
+def reference(settings: Settings, request: GenerateRequest, adapter: Path | None = None) -> list[int]:
+    """Greedy tokens of transformers, or of peft with the adapter's files."""
+    model = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    output = model.generate(
+        input_ids=torch.tensor([request.prompt]),
+        max_new_tokens=request.sampling.max_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return output[0, len(request.prompt) :].tolist()
+
+
+async def make_training_job(
+    settings: Settings, factory: SessionFactory, engine: AsyncEngine, objects: ObjectStore, epochs: int = 2
+) -> tuple[str, str]:
+    """A validated job on 24 examples; returns (tenant id, job id)."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Say {i}."},
+                {"role": "assistant", "content": f"{i}! " * 8},
+            ]
+        }
+        for i in range(24)
+    ]
+    content = "\n".join(json.dumps(row) for row in rows).encode()
+    folder = describe_model(settings.model_dir)
+    spec = TrainSpec(n_epochs=epochs, batch_size=4, learning_rate=5e-3, peft=LoraSpec(rank=4, alpha=8))
+    async with factory.begin() as session:
+        tenant_id = await make_tenant(session)
+        if await session.get(BaseModelRow, folder.base_digest) is None:
+            session.add(
+                BaseModelRow(
+                    digest=folder.base_digest,
+                    name=settings.model_id,
+                    tokenizer_digest=folder.tokenizer_digest,
+                )
+            )
+        file_id = await make_file(session, tenant_id, content)
+        job = await make_job(
+            session,
+            tenant_id,
+            training_file=file_id,
+            spec=spec,
+            base_model=settings.model_id,
+            suffix="counter",
+        )
+    await objects.put(file_key(tenant_id, file_id), content)
+    await tasks.validate_dataset(settings, engine, job.id)
+    return tenant_id, job.id
+
+
+async def until_status(factory: SessionFactory, tenant_id: str, job_id: str, status: str) -> FtJob:
+    for _ in range(1200):
+        async with factory.begin() as session:
+            job = await get_job(session, tenant_id, job_id)
+        if job.status == status:
+            return job
+        assert job.status not in ("failed", "cancelled"), (job.error_code, job.error_message)
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"job is {job.status} at step {job.step}, not {status}")
+
+
+async def until_checkpoint(factory: SessionFactory, job_id: str) -> None:
+    query = select(func.count()).select_from(Checkpoint).where(Checkpoint.job_id == job_id)
+    for _ in range(1200):
+        async with factory.begin() as session:
+            if await session.scalar(query):
+                return
+        await asyncio.sleep(0.02)
+    raise AssertionError("no checkpoint was committed")
+
+
+async def test_a_job_is_trained_published_and_served_while_others_are_served(
+    settings: Settings,
+    processes: Processes,
+    client: InferenceClient,
+    session_factory: SessionFactory,
+    engine: AsyncEngine,
+    object_store: ObjectStore,
+    tmp_path: Path,
+) -> None:
+    processes.start(WORKER)
+    tenant_id, job_id = await make_training_job(settings, session_factory, engine, object_store)
+    requests = [make_request(settings, i) for i in range(12)]
+    outputs = await asyncio.gather(*(collect(client, request) for request in requests))
+    assert outputs[3] == reference(settings, requests[3])
+
+    job = await until_status(session_factory, tenant_id, job_id, "succeeded")
+    assert job.step == job.total_steps == 12
+    async with session_factory.begin() as session:
+        version = (
+            await session.scalars(select(AdapterVersion).where(AdapterVersion.source_job == job_id))
+        ).one()
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    ref = AdapterRef(version_id=version.id, digest=version.digest)
+    for name in ADAPTER_FILES:
+        (folder / name).write_bytes(await object_store.get(f"{ref.prefix}/{name}"))
+    adapted = make_request(settings, 50, adapter=ref)
+    tokens = await collect(client, adapted)
+    assert tokens == reference(settings, adapted, folder)
+    assert tokens != reference(settings, adapted)
+
+
+async def test_a_killed_worker_loses_no_token_and_its_job_resumes_from_the_last_checkpoint(
+    settings: Settings,
+    processes: Processes,
+    client: InferenceClient,
+    session_factory: SessionFactory,
+    engine: AsyncEngine,
+    object_store: ObjectStore,
+) -> None:
+    worker = processes.start(WORKER)
+    tenant_id, job_id = await make_training_job(settings, session_factory, engine, object_store, epochs=20)
+
+    await until_checkpoint(session_factory, job_id)
+    requests = [make_request(settings, i) for i in range(8)]
+    streams = [asyncio.create_task(collect(client, request)) for request in requests]
+    await asyncio.sleep(0.3)
+    worker.kill()
+    worker.wait()
+    async with session_factory.begin() as session:
+        before = await get_job(session, tenant_id, job_id)
+        assert before.status == "running" and 0 < before.step < before.total_steps
+    processes.start(WORKER)
+    outputs = await asyncio.gather(*streams)
+    for request, tokens in zip(requests, outputs, strict=True):
+        assert tokens == reference(settings, request)
+
+    # the lease runs out, the sweeper sends the id again, the new worker claims under the next fence
+    sweeper = asyncio.create_task(sweep_until(settings, engine, job_id, session_factory, tenant_id))
+    job = await until_status(session_factory, tenant_id, job_id, "succeeded")
+    sweeper.cancel()
+    assert job.fence == 2
+    async with session_factory.begin() as session:
+        query = select(func.count()).where(AdapterVersion.source_job == job_id)
+        assert await session.scalar(query) == 1
+        events = (await list_events(session, tenant_id, job_id, limit=1000)).items
+    resumed = [event.message for event in events if "resumed after step" in event.message]
+    assert len(resumed) == 1
+
+
+async def sweep_until(
+    settings: Settings, engine: AsyncEngine, job_id: str, factory: SessionFactory, tenant_id: str
+) -> None:
+    from services.adapter_store.celery import app
+
+    while True:
+        await tasks.sweep(settings, engine, app)
+        await asyncio.sleep(0.5)
