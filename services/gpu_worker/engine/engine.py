@@ -278,8 +278,8 @@ class Engine:
             return
         if not self.adapters.can_load():
             raise InvalidRequest(f"all {self.adapters.capacity} adapter slots are in use")
-        weights = self.model.weights
-        self.adapters.load(digest, read_peft(self.model.config, files, weights.dtype, weights.device))
+        limit, base = self.config.max_lora_rank, self.model.weights
+        self.adapters.load(digest, read_peft(self.model.config, files, limit, base.dtype, base.device))
 
     # --- jobs
 

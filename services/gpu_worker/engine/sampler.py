@@ -3,6 +3,7 @@ whoever shares the batch and wherever a crashed sequence is taken up again."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import torch
@@ -13,6 +14,7 @@ from services.gpu_worker.engine.sequence import Logprob, Sampling, Sequence
 
 NUCLEUS_CANDIDATES = 512  # most likely tokens looked at before a full sort
 GREEDY_BELOW = 1e-5  # temperatures that a division would overflow at
+LEAST_LOGPROB = -9999.0
 MASK64 = (1 << 64) - 1
 
 
@@ -31,8 +33,12 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
     for row, sequence in enumerate(sequences):
         if sequence.sampling.has_penalties:
             logits[row] = penalise(logits[row], sequence)
-    tokens = logits.argmax(-1).tolist()
-    random_rows = [r for r, s in enumerate(sequences) if s.sampling.temperature > GREEDY_BELOW]
+    best, tokens = (found.tolist() for found in logits.max(-1))
+    random_rows = [
+        row
+        for row, sequence in enumerate(sequences)
+        if sequence.sampling.temperature > GREEDY_BELOW and math.isfinite(best[row])
+    ]  # an adapter that overflows is answered with some token: the others in the batch go on
     if random_rows:
         chosen = _draw(logits[random_rows], [sequences[r] for r in random_rows])
         for row, token in zip(random_rows, chosen, strict=True):
@@ -119,5 +125,10 @@ def _entry(logprobs: Tensor | None, token: int, num_top: int | None) -> Logprob 
 def logprob_entry(logprobs: Tensor, token: int, num_top: int) -> Logprob:
     """`logprobs` [V] of one position."""
     values, ids = logprobs.topk(min(num_top, len(logprobs)))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Logprob(float(logprobs[token]), top)
+    top = tuple(zip(ids.tolist(), map(_finite, values.tolist()), strict=True))
+    return Logprob(_finite(float(logprobs[token])), top)
+
+
+def _finite(logprob: float) -> float:
+    """JSON has neither infinity nor NaN."""
+    return logprob if math.isfinite(logprob) else LEAST_LOGPROB

@@ -10,11 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.config import ModelConfig
+
+# Settings of PEFT that do not change what a saved LoRA computes; any other that is set is refused.
+NEUTRAL_SETTINGS = frozenset(
+    "peft_type peft_version task_type base_model_name_or_path revision auto_mapping parent_library inference_mode "
+    "r lora_alpha lora_dropout target_modules exclude_modules layers_pattern use_rslora bias init_lora_weights "
+    "loftq_config eva_config corda_config lora_ga_config megatron_config megatron_core qalora_group_size "
+    "runtime_config ensure_weight_tying unsloth_fixed".split()
+)
+NEUTRAL_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others changed the base model
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 GROUPS = ("qkv", "o", "gate_up", "down")  # the fused linears of a layer, in the order of the forward
 
@@ -73,6 +85,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InvalidAdapter(f"rank {self.rank} is not positive")
+        if not math.isfinite(self.alpha):
+            raise InvalidAdapter(f"lora_alpha {self.alpha} is not a finite number")
         if not self.targets:
             raise InvalidAdapter("no target modules")
 
@@ -81,20 +95,20 @@ class LoraConfig:
         """Reads `adapter_config.json`; raises InvalidAdapter for anything that we would compute differently."""
         if config.get("peft_type") != "LORA":
             raise InvalidAdapter(f"peft_type {config.get('peft_type')!r}: only LORA")
-        for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"):
-            if config.get(key):
+        for key, value in config.items():
+            if value and key not in NEUTRAL_SETTINGS:
                 raise InvalidAdapter(f"{key} is not supported")
         if config.get("bias", "none") != "none":
             raise InvalidAdapter(f"bias {config['bias']!r}: only 'none'")
-        targets = config.get("target_modules")
-        if not isinstance(targets, list) or not set(targets) <= set(known):
+        if config.get("init_lora_weights") not in NEUTRAL_INITS:
+            raise InvalidAdapter(f"init_lora_weights {config['init_lora_weights']!r} changes the base model")
+        rank, alpha, targets = (config.get(key) for key in ("r", "lora_alpha", "target_modules"))
+        if type(rank) is not int or type(alpha) not in (int, float):
+            raise InvalidAdapter(f"r {rank!r} and lora_alpha {alpha!r} must be numbers")
+        if not isinstance(targets, list) or any(name not in known for name in targets):
             raise InvalidAdapter(f"target_modules must be a list out of {', '.join(known)}")
-        return cls(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            targets=tuple(name for name in known if name in targets),
-            rslora=bool(config.get("use_rslora", False)),
-        )
+        in_order = tuple(name for name in known if name in targets)
+        return cls(rank, float(alpha), in_order, rslora=bool(config.get("use_rslora", False)))
 
     def to_peft(self, base_model: str) -> dict[str, Any]:
         return {
@@ -149,7 +163,7 @@ class LoraWeights:
         projection, columns = self.blocks[target]
         stacked_a, stacked_b = self.layers[layer][projection.group]
         stacked_a[columns].copy_(a)
-        stacked_b[projection.rows, columns].copy_(b * self.config.scaling)
+        stacked_b[projection.rows, columns].copy_(b.to(accumulation_dtype(b.dtype)) * self.config.scaling)
 
     @property
     def size_bytes(self) -> int:
@@ -167,12 +181,13 @@ def tensor_names(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[int, P
 
 
 def read_peft(
-    config: ModelConfig, files: Mapping[str, bytes], dtype: torch.dtype, device: torch.device
+    config: ModelConfig, files: Mapping[str, bytes], max_rank: int, dtype: torch.dtype, device: torch.device
 ) -> LoraWeights:
     """An adapter from PEFT's two files. Names, shapes and finiteness are checked before anything is used."""
-    settings = json.loads(files["adapter_config.json"])
-    lora = LoraConfig.from_peft(settings, tuple(projections(config)))
-    tensors = load_safetensors(files["adapter_model.safetensors"])
+    lora = LoraConfig.from_peft(_settings(files), tuple(projections(config)))
+    if lora.rank > max_rank:
+        raise InvalidAdapter(f"rank {lora.rank} exceeds {max_rank}")
+    tensors = _tensors(files)
     weights = LoraWeights(config, lora, dtype, device)
     for layer, projection, name_a, name_b in tensor_names(config, lora):
         a = _checked(tensors, name_a, (lora.rank, projection.in_features))
@@ -200,12 +215,32 @@ def write_peft(
     }
 
 
+def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
+    try:
+        settings = json.loads(files["adapter_config.json"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise InvalidAdapter(f"adapter_config.json cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise InvalidAdapter("adapter_config.json holds no object")
+    return settings
+
+
+def _tensors(files: Mapping[str, bytes]) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_safetensors(files["adapter_model.safetensors"])
+    except (KeyError, ValueError, SafetensorError) as error:
+        raise InvalidAdapter(f"adapter_model.safetensors cannot be read: {error}") from error
+    return tensors
+
+
 def _checked(tensors: dict[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
     tensor = tensors.pop(name, None)
     if tensor is None:
         raise InvalidAdapter(f"no tensor {name!r}")
     if tuple(tensor.shape) != shape:
         raise InvalidAdapter(f"{name}: shape {list(tensor.shape)}, expected {list(shape)}")
+    if tensor.dtype not in FLOATS:
+        raise InvalidAdapter(f"{name} is of {tensor.dtype}, not of floating point")
     if not torch.isfinite(tensor).all():
         raise InvalidAdapter(f"{name} holds values that are not finite")
     return tensor

@@ -1,0 +1,291 @@
+"""Adapters side by side in one batch, and their files on the way from and to PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load, save
+from transformers import AutoModelForCausalLM
+
+from services.gpu_worker.engine.engine import Engine, InvalidRequest
+from services.gpu_worker.engine.sequence import Sampling
+from services.gpu_worker.finetune.job import JobConfig
+from services.gpu_worker.model.adapters import AdapterPool, InvalidAdapter, LoraConfig, LoraWeights, read_peft
+from tests.builders import make_tiny_model
+from tests.gpu_worker.engines import generate, make_adapter, make_engine, prompt_of, run
+from tests.gpu_worker.training import make_dataset
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "a": {"rank": 2, "targets": ("q_proj", "v_proj"), "std": 0.4},
+    "b": {"rank": 16, "targets": ALL},
+    "c": {"rank": 3, "targets": ("down_proj",), "std": 0.4},
+    "d": {"rank": 8, "targets": ("k_proj", "gate_proj", "o_proj"), "rslora": True},
+    "e": {"rank": 1, "targets": ("up_proj", "q_proj"), "alpha": 1.0, "std": 0.8},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", "qwen2", tied=False)
+
+
+def digest_of(name: str) -> str:
+    return name * 64
+
+
+def files_of(engine: Engine, name: str) -> dict[str, bytes]:
+    return make_adapter(engine.model.config, seed=ord(name), **ADAPTERS[name])
+
+
+def load_all(engine: Engine) -> None:
+    for name in ADAPTERS:
+        engine.load_adapter(digest_of(name), files_of(engine, name))
+
+
+def base_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def load_in_peft(folder: Path, files: dict[str, bytes], path: Path) -> Any:
+    """PEFT reads our files as they are."""
+    path.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (path / name).write_bytes(data)
+    return PeftModel.from_pretrained(base_model(folder), path).eval()
+
+
+def greedy(model: Any, prompt: list[int], max_tokens: int) -> list[int]:
+    output = model.generate(
+        input_ids=torch.tensor([prompt]),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_adapters_of_any_rank_and_targets_share_a_batch(folder: Path, tmp_path: Path, training: bool) -> None:
+    engine = make_engine(folder)
+    load_all(engine)
+    if training:
+        dataset = make_dataset([40, 30], engine.model.config.vocab_size)
+        engine.add_job("ftjob-1", JobConfig(n_epochs=500), LoraConfig(4, 8.0, ALL), dataset)
+    wanted = ["a", None, "b", "c", "d", None, "e", "b", "a", "c"]
+    prompts = [prompt_of(engine, 3 + 2 * i, seed=i) for i in range(len(wanted))]
+    for index, name in enumerate(wanted):
+        adapter = digest_of(name) if name else None
+        engine.add(f"r{index}", prompts[index], Sampling(max_tokens=10), adapter=adapter)
+    outputs, _ = run(engine, *[f"r{i}" for i in range(len(wanted))])
+    reference: dict[str | None, Any] = {None: base_model(folder)}
+    for name in ADAPTERS:
+        reference[name] = load_in_peft(folder, files_of(engine, name), tmp_path / name)
+    for index, name in enumerate(wanted):
+        assert outputs[f"r{index}"].tokens == greedy(reference[name], prompts[index], 10), name
+    assert len({tuple(output.tokens) for output in outputs.values()}) == len(wanted)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_our_files_give_the_same_logits_in_peft(folder: Path, tmp_path: Path, name: str) -> None:
+    engine = make_engine(folder)
+    load_all(engine)
+    prompt = prompt_of(engine, 24)
+    peft = load_in_peft(folder, files_of(engine, name), tmp_path / "adapter")
+    assert_same_logprobs(engine, digest_of(name), peft, prompt)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_files_that_peft_saved_give_the_same_logits_here(
+    folder: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    config = PeftLoraConfig(
+        r=5, lora_alpha=13, target_modules=["q_proj", "o_proj", "down_proj"], lora_dropout=0.1
+    )
+    peft = get_peft_model(base_model(folder), config)
+    with torch.no_grad():
+        for parameter_name, parameter in peft.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.normal_(std=0.3)
+                parameter.data = parameter.data.to(dtype).float()
+    peft.eval().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(save({key: value.to(dtype) for key, value in load(path.read_bytes()).items()}))
+    files = {name: (tmp_path / name).read_bytes() for name in ("adapter_config.json", path.name)}
+    engine = make_engine(folder)
+    engine.load_adapter(digest_of("a"), files)
+    assert_same_logprobs(engine, digest_of("a"), peft, prompt_of(engine, 24))
+
+
+def assert_same_logprobs(engine: Engine, digest: str, peft: Any, prompt: list[int]) -> None:
+    with torch.no_grad():
+        expected = torch.log_softmax(peft(input_ids=torch.tensor([prompt])).logits[0], -1)
+    sampling = Sampling(max_tokens=0, prompt_logprobs=0)
+    ours = generate(engine, prompt, sampling, adapter=digest).prompt_logprobs
+    assert ours is not None
+    for position, entry in enumerate(ours[1:]):
+        assert entry is not None
+        assert entry.logprob == pytest.approx(float(expected[position, prompt[position + 1]]), abs=1e-4)
+
+
+def test_an_exported_job_is_read_back_as_the_weights_that_were_trained(folder: Path) -> None:
+    engine = make_engine(folder)
+    lora = LoraConfig(3, 7.0, ("q_proj", "gate_proj", "down_proj"))
+    dataset = make_dataset([20, 20], engine.model.config.vocab_size)
+    engine.add_job("ftjob-1", JobConfig(batch_size=1, learning_rate=0.1, n_epochs=3), lora, dataset)
+    run(engine)
+    files = engine.export_job("ftjob-1", "tiny")
+    weights = read_peft(engine.model.config, files, 8, torch.float32, engine.model.weights.device)
+    trained = engine.runner.trainers["ftjob-1"].parameters.weights
+    for ours, read in zip(trained.layers, weights.layers, strict=True):
+        for group, (a, b) in ours.items():
+            assert torch.equal(a, read[group][0]) and torch.equal(b, read[group][1])
+            assert b.abs().max() > 0
+
+
+# --- the pool
+
+
+def make_pool(folder: Path, capacity: int) -> tuple[AdapterPool, Callable[[], LoraWeights]]:
+    engine = make_engine(folder)
+    files = files_of(engine, "a")
+    device = engine.model.weights.device
+    return AdapterPool(capacity), lambda: read_peft(engine.model.config, files, 8, torch.float32, device)
+
+
+def test_the_least_recently_used_adapter_leaves_first(folder: Path) -> None:
+    pool, weights = make_pool(folder, 2)
+    pool.load("x", weights())
+    pool.load("y", weights())
+    pool.pin("x")
+    pool.unpin("x")
+    pool.load("z", weights())
+    assert "x" in pool and "y" not in pool and "z" in pool and len(pool) == 2
+
+
+def test_an_adapter_in_use_stays(folder: Path) -> None:
+    pool, weights = make_pool(folder, 2)
+    pool.load("x", weights())
+    pool.load("y", weights())
+    for _ in range(2):
+        pool.pin("x")
+    pool.unpin("x")
+    pool.load("z", weights())
+    assert "x" in pool and "y" not in pool
+    pool.pin("z")
+    assert not pool.can_load()
+    pool.unpin("z")
+    assert pool.can_load()
+
+
+def test_requests_pin_their_adapters_and_let_go_at_the_end(folder: Path) -> None:
+    engine = make_engine(folder, max_adapters=1)
+    engine.load_adapter(digest_of("a"), files_of(engine, "a"))
+    engine.add("r1", [5, 6], Sampling(max_tokens=3), adapter=digest_of("a"))
+    engine.add("r2", [5, 6], Sampling(max_tokens=30), adapter=digest_of("a"))
+    with pytest.raises(InvalidRequest, match="1 adapter slots"):
+        engine.load_adapter(digest_of("b"), files_of(engine, "b"))
+    run(engine, "r1")
+    engine.abort("r2")
+    engine.load_adapter(digest_of("b"), files_of(engine, "b"))
+    assert digest_of("a") not in engine.adapters
+    with pytest.raises(InvalidRequest, match="not loaded"):
+        engine.add("r3", [5, 6], Sampling(max_tokens=3), adapter=digest_of("a"))
+
+
+def test_an_adapter_that_overflows_spoils_its_own_answers_only(folder: Path) -> None:
+    engine = make_engine(folder)
+    engine.load_adapter(digest_of("f"), make_adapter(engine.model.config, targets=ALL, std=1e30))
+    prompt, sampling = prompt_of(engine, 21), Sampling(max_tokens=12, logprobs=1)
+    calm = generate(engine, prompt, sampling)
+    engine.add("wild", prompt, Sampling(max_tokens=40, temperature=1.0, top_p=0.9), adapter=digest_of("f"))
+    engine.add("mild", prompt, sampling, cache_salt="other")
+    outputs, _ = run(engine, "wild", "mild")
+    assert outputs["mild"].tokens == calm.tokens
+    assert generate(engine, prompt, sampling, cache_salt="later").tokens == calm.tokens
+
+
+# --- files that do not fit
+
+
+def change_config(**changes: Any) -> Callable[[dict[str, bytes]], None]:
+    def apply(files: dict[str, bytes]) -> None:
+        config = {**json.loads(files["adapter_config.json"]), **changes}
+        kept = {name: value for name, value in config.items() if value is not ...}
+        files["adapter_config.json"] = json.dumps(kept).encode()
+
+    return apply
+
+
+def change_tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[dict[str, bytes]], None]:
+    def apply(files: dict[str, bytes]) -> None:
+        tensors = load(files["adapter_model.safetensors"])
+        edit(tensors)
+        files["adapter_model.safetensors"] = save(tensors)
+
+    return apply
+
+
+def set_bytes(name: str, data: bytes | None) -> Callable[[dict[str, bytes]], None]:
+    return lambda files: files.pop(name) and None if data is None else files.update({name: data})
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], None], str]] = {
+    "other method": (change_config(peft_type="IA3"), "IA3"),
+    "dora": (change_config(use_dora=True), "use_dora"),
+    "pattern": (change_config(rank_pattern={"q_proj": 8}), "rank_pattern"),
+    "saved modules": (change_config(modules_to_save=["lm_head"]), "modules_to_save"),
+    "transposed": (change_config(fan_in_fan_out=True), "fan_in_fan_out"),
+    "bias": (change_config(bias="all"), "bias"),
+    "bias of B": (change_config(lora_bias=True), "lora_bias"),
+    "changed base": (change_config(init_lora_weights="pissa_niter_4"), "pissa"),
+    "a setting of the future": (change_config(use_newthing=True), "use_newthing"),
+    "unknown target": (change_config(target_modules=["q_proj", "lm_head"]), "target_modules"),
+    "pattern of targets": (change_config(target_modules=".*_proj"), "target_modules"),
+    "rank of words": (change_config(r="many"), "r 'many'"),
+    "no rank": (change_config(r=...), "r None"),
+    "rank beyond the limit": (change_config(r=129), "129"),
+    "alpha is not a number": (change_config(lora_alpha=float("nan")), "lora_alpha"),
+    "another rank": (change_config(r=5), "shape"),
+    "a list": (set_bytes("adapter_config.json", b"[]"), "adapter_config.json"),
+    "no json": (set_bytes("adapter_config.json", b"{"), "adapter_config.json"),
+    "no config": (set_bytes("adapter_config.json", None), "adapter_config.json"),
+    "no weights": (set_bytes("adapter_model.safetensors", None), "adapter_model.safetensors"),
+    "no safetensors": (
+        set_bytes("adapter_model.safetensors", b"\x80\x04pickle"),
+        "adapter_model.safetensors",
+    ),
+    "missing tensor": (change_tensors(lambda t: t.pop(FIRST)), "q_proj.lora_A"),
+    "extra tensor": (change_tensors(lambda t: t.update(extra=torch.zeros(1))), "extra"),
+    "wrong shape": (change_tensors(lambda t: t.update({FIRST: torch.zeros(2, 63)})), "shape"),
+    "not a number": (change_tensors(lambda t: t[FIRST].fill_(float("nan"))), "not finite"),
+    "infinite": (change_tensors(lambda t: t[FIRST].fill_(float("inf"))), "not finite"),
+    "integers": (change_tensors(lambda t: t.update({FIRST: t[FIRST].long()})), "int64"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(folder: Path, case: str) -> None:
+    engine = make_engine(folder)
+    files = files_of(engine, "a")
+    spoil, words = HOSTILE[case]
+    spoil(files)
+    with pytest.raises(InvalidAdapter, match=words):
+        engine.load_adapter(digest_of("a"), files)
+    assert digest_of("a") not in engine.adapters
+
+
+def test_an_adapter_of_a_model_with_more_layers_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = make_engine(make_tiny_model(tmp_path / "deeper", "qwen2", num_layers=3))
+    with pytest.raises(InvalidAdapter, match=r"unexpected tensor .*layers\.2"):
+        make_engine(folder).load_adapter(digest_of("a"), files_of(other, "a"))
