@@ -12,8 +12,9 @@ import torch
 from services.gpu_worker.engine.engine import Engine, EngineConfig, JobEvent, TokenEvent
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
-from services.gpu_worker.model.adapters import LoraConfig, LoraWeights, write_peft
+from services.gpu_worker.model.adapters import LoraConfig, LoraWeights
 from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.peft_files import write_peft
 
 
 @dataclass(slots=True)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from services.gpu_worker.engine.engine import Engine, InvalidRequest
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.model.adapters import AdapterPool, InvalidAdapter, LoraConfig, LoraWeights, read_peft
+from services.gpu_worker.model.adapters import AdapterPool, InvalidAdapter, LoraConfig, LoraWeights
+from services.gpu_worker.model.peft_files import read_peft
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import generate, make_adapter, make_engine, prompt_of, run
 from tests.gpu_worker.training import make_dataset

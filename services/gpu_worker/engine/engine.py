@@ -21,7 +21,8 @@ from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
 from services.gpu_worker.kernels.kv_cache import KVCache
-from services.gpu_worker.model.adapters import AdapterPool, LoraConfig, read_peft, write_peft
+from services.gpu_worker.model.adapters import AdapterPool, LoraConfig
+from services.gpu_worker.model.peft_files import read_peft, write_peft
 from services.gpu_worker.model.transformer import Transformer
 from services.gpu_worker.model.weights import load_weights
 
