@@ -1,4 +1,4 @@
-"""The adapter store: registry, job state machine, the workers' internal API."""
+"""The adapter store: registry, job state machine, the workers' internal API, the operators' console."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from services.adapter_store import errors, health, internal, routes
+from services.adapter_store.admin import make_admin
 from services.adapter_store.dispatch import Dispatcher
 from services.adapter_store.service import Services
 from shared.config import Settings
@@ -24,12 +25,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     check_pepper(settings.key_pepper)
     check_internal_token(settings.internal_token)
+    engine = make_engine(settings)
+    sessions = session_factory(engine)
+    client = open_async_redis(settings.redis_url)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = make_engine(settings)
-        sessions = session_factory(engine)
-        client = open_async_redis(settings.redis_url)
         app.state.redis = client
         app.state.services = Services(settings, sessions, ObjectStore.from_settings(settings))
         loop = asyncio.create_task(Dispatcher(sessions, client, settings.dispatch_s).run())
@@ -44,6 +45,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     errors.install(app)
     for part in (health, internal, routes):
         app.include_router(part.router)
+    app.mount("/admin", make_admin(settings, sessions, client))
     return app
 
 

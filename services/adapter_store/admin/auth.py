@@ -72,6 +72,10 @@ class Gate:
     def is_csrf_token(self, session: Session, token: str) -> bool:
         return hmac.compare_digest(self.csrf_token(session).encode(), token.encode())
 
+    def derive_key(self, purpose: str) -> bytes:
+        """For what else the console signs."""
+        return self._mac(b"key " + purpose.encode())
+
     def _mac(self, message: bytes) -> bytes:
         return hmac.digest(self._key, message, hashlib.sha256)
 

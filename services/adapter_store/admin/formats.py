@@ -104,7 +104,9 @@ def sparkline(values: list[float], width: int = 88, height: int = 22) -> str:
     low, high = min(values), max(values)
     scale = (height - 3) / (high - low) if high > low else 0.0
     step = (width - 2) / (len(values) - 1)
-    return " ".join(f"{1 + i * step:.1f},{1.5 + (high - value) * scale:.1f}" for i, value in enumerate(values))
+    return " ".join(
+        f"{1 + i * step:.1f},{1.5 + (high - value) * scale:.1f}" for i, value in enumerate(values)
+    )
 
 
 FILTERS = {

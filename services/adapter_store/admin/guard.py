@@ -30,7 +30,7 @@ class Guard:
     """Puts the caller's session into `request.state.session`; only the login and static files do without."""
 
     def __init__(self, app: ASGIApp, gate: Gate) -> None:
-        self._app = app
+        self.app = app
         self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +50,7 @@ class Guard:
             await send(message)
 
         if session.is_operator or path == LOGIN or is_static:
-            await self._app(scope, receive, send_with_headers)
+            await self.app(scope, receive, send_with_headers)
         else:
             await refusal(request)(scope, receive, send_with_headers)
 

@@ -88,7 +88,9 @@ class Pages:
         set_cookie(request, response, FLASH_COOKIE, self._signer.sign(text.hex()).decode(), FLASH_TTL_S)
         return response
 
-    def keep_session(self, request: Request, response: HTMLResponse | RedirectResponse, session: Session) -> None:
+    def keep_session(
+        self, request: Request, response: HTMLResponse | RedirectResponse, session: Session
+    ) -> None:
         set_cookie(request, response, COOKIE, self._gate.seal(session))
 
     def _read_flash(self, request: Request) -> Mapping[str, str] | None:

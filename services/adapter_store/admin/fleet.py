@@ -1,0 +1,62 @@
+"""The workers that are alive, as they reported themselves within their time to live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import redis.asyncio
+import structlog
+
+from shared.config import Settings
+from shared.messages import WorkerStatus
+from shared.queue import InferenceClient, QueueUnavailable
+
+STALLED_AFTER_S = 30.0
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """`is_known` is False while Redis cannot be reached: then nobody knows who is alive."""
+
+    workers: tuple[WorkerStatus, ...]
+    is_known: bool = True
+
+    @property
+    def inference_tokens_per_s(self) -> float:
+        return sum(worker.inference_tokens_per_s for worker in self.workers)
+
+    @property
+    def finetune_tokens_per_s(self) -> float:
+        return sum(worker.finetune_tokens_per_s for worker in self.workers)
+
+    @property
+    def running(self) -> int:
+        return sum(worker.running for worker in self.workers)
+
+    @property
+    def waiting(self) -> int:
+        return sum(worker.waiting for worker in self.workers)
+
+    @property
+    def total_blocks(self) -> int:
+        return sum(worker.total_blocks for worker in self.workers)
+
+    @property
+    def used_blocks(self) -> int:
+        return self.total_blocks - sum(worker.free_blocks for worker in self.workers)
+
+
+def state_of(worker: WorkerStatus) -> str:
+    if worker.draining:
+        return "draining"
+    return "stalled" if worker.progress_age_s > STALLED_AFTER_S else "alive"
+
+
+async def read_fleet(client: redis.asyncio.Redis, settings: Settings) -> Fleet:
+    try:
+        workers = await InferenceClient(client, settings, "admin").workers()
+    except QueueUnavailable as error:
+        log.warning("fleet_unknown", error=str(error))
+        return Fleet((), is_known=False)
+    return Fleet(tuple(sorted(workers, key=lambda worker: worker.worker_id)))

@@ -1,0 +1,1 @@
+"""What the console shows, read across tenants. Changes go through `shared.jobs` and `shared.versions`."""
