@@ -7,6 +7,7 @@ transactions, never inside one, and at least once: whoever takes a job's id look
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -30,6 +31,7 @@ LOST_AFTER = timedelta(seconds=60)  # a queued job without an entry in the queue
 STUCK_AFTER = timedelta(minutes=10)  # a queued job whose entry nobody has taken
 QUEUED_AT_MOST = timedelta(days=7)
 MAX_ENTRIES = 10_000
+OUTAGE_PAUSE_S = 1.0
 log = structlog.get_logger()
 
 
@@ -42,9 +44,8 @@ async def relay(factory: SessionFactory, sender: FinetuneSender) -> int:
             row.due_at = now() + RETRY_AFTER  # ours until then
         waiting = update(FtJob).where(FtJob.id.in_([row.key for row in rows]), FtJob.status == "queued")
         ready = set(await session.scalars(waiting.values(sent_at=now()).returning(FtJob.id)))
-    for row in rows:
-        if row.key in ready:
-            await sender.send(row.key)
+    for job_id in dict.fromkeys(row.key for row in rows if row.key in ready):
+        await sender.send(job_id)
     async with factory.begin() as session:
         await session.execute(delete(Outbox).where(Outbox.id.in_([row.id for row in rows])))
     return len(rows)
@@ -81,21 +82,26 @@ async def fail_forgotten(factory: SessionFactory) -> list[str]:
 
 
 class Dispatcher:
-    """The loop. `run` ends only by cancellation: an outage is waited out."""
+    """The loop. An outage is waited out; `stop` lets the step at hand finish."""
 
     def __init__(self, factory: SessionFactory, client: redis.asyncio.Redis, interval_s: float) -> None:
         self._factory = factory
         self._sender = FinetuneSender(client)
         self._interval_s = interval_s
+        self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             try:
-                if await self.step() < BATCH:
-                    await asyncio.sleep(self._interval_s)
+                pause_s = self._interval_s if await self.step() < BATCH else 0.0
             except (SQLAlchemyError, RedisError, OSError) as error:
                 log.warning("dispatch_failed", error=str(error))
-                await asyncio.sleep(1.0)
+                pause_s = OUTAGE_PAUSE_S
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause_s)
+
+    def stop(self) -> None:
+        self._stopping.set()
 
     async def step(self) -> int:
         """Lost workers' jobs first, so that their ids go out at once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from pydantic import SecretStr
@@ -18,6 +18,8 @@ from shared.db import make_engine, session_factory
 from shared.keys import check_pepper
 from shared.queue import open_async_redis
 from shared.storage import ObjectStore
+
+STOP_TIMEOUT_S = 5.0
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -33,11 +35,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.redis = client
         app.state.services = Services(settings, sessions, ObjectStore.from_settings(settings))
-        loop = asyncio.create_task(Dispatcher(sessions, client, settings.dispatch_s).run())
+        dispatcher = Dispatcher(sessions, client, settings.dispatch_s)
+        loop = asyncio.create_task(dispatcher.run())
         yield
-        loop.cancel()
-        with suppress(asyncio.CancelledError):
-            await loop
+        dispatcher.stop()
+        if not (await asyncio.wait({loop}, timeout=STOP_TIMEOUT_S))[0]:
+            loop.cancel()
         await client.aclose()
         await engine.dispose()
 

@@ -29,4 +29,5 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 def worker(client: httpx.AsyncClient, settings: Settings) -> httpx.AsyncClient:
     """A client with the workers' token."""
     client.headers["authorization"] = f"Bearer {settings.internal_token.get_secret_value()}"
+    client.headers["content-type"] = "application/json"
     return client
