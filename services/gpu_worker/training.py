@@ -399,6 +399,7 @@ def job_config(spec: TrainSpec) -> JobConfig:
         beta2=spec.beta2,
         epsilon=spec.epsilon,
         max_grad_norm=spec.max_grad_norm,
+        lora_dropout=spec.peft.dropout,
         seed=spec.seed,
         eval_every_steps=spec.eval_every_steps,
         max_steps=spec.max_steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.gpu_worker.finetune.activations import POLICIES
+from services.gpu_worker.finetune.job import JobConfig
+from services.gpu_worker.finetune.trainer import Trainer
+from services.gpu_worker.kernels.dropout import Dropout
 from services.gpu_worker.model.adapters import LoraConfig
 from tests.builders import make_tiny_model
 from tests.gpu_worker.oracle import batch_loss, exact_norms, lora_tensors, make_peft
@@ -48,6 +52,7 @@ def gradient_error(
     policy: str,
     in_flight: int,
     masked: float = 0.3,
+    dropout: float = 0.0,
 ) -> float:
     """Worst relative error of any LoRA gradient over one optimizer step cut into random windows."""
     torch.manual_seed(0)
@@ -55,7 +60,12 @@ def gradient_error(
     dataset = make_dataset(lengths, model.config.vocab_size, masked=masked)
     lora = LoraConfig(rank=4, alpha=6.0, targets=targets)
     trainer = make_trainer(
-        model, dataset, lora=lora, policy=policy, max_tokens_in_flight=max(in_flight, max(lengths))
+        model,
+        dataset,
+        lora=lora,
+        config=JobConfig(batch_size=len(dataset), lora_dropout=dropout),
+        policy=policy,
+        max_tokens_in_flight=max(in_flight, max(lengths)),
     )
     with exact_norms():
         peft = make_peft(folder, dtype, lora.rank, lora.alpha, targets)
@@ -63,6 +73,8 @@ def gradient_error(
             trainer.parameters.masters()[key][0].copy_(a)
             trainer.parameters.masters()[key][1].copy_(b)
         trainer.parameters.refresh()
+        if dropout:
+            use_masks(peft, trainer)
         loss = batch_loss(peft, dataset, list(range(len(dataset))))
         loss.backward()
     advance(trainer, lambda: sizes.randint(1, largest))
@@ -82,6 +94,37 @@ def gradient_error(
                 a, b = expected[layer, name]
                 worst = max(worst, relative_error(gradient.a[block.rank], a), relative_error(block.grad, b))
     return worst
+
+
+def use_masks(peft: Any, trainer: Trainer) -> None:
+    """Puts our masks of a single training sequence of one example where peft draws its own."""
+    sequence = trainer.job.sequence
+    dropout = Dropout(trainer.job.config.lora_dropout, f"0|0|{sequence.examples[0]}")
+    tokens = slice(0, sequence.num_tokens)
+
+    class Masked(torch.nn.Module):
+        def __init__(self, layer: int, group: str) -> None:
+            super().__init__()
+            self.place = layer, group
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * dropout.mask(*self.place, tokens, x[0])
+
+    for name, module in peft.named_modules():
+        if hasattr(module, "lora_dropout") and "default" in module.lora_dropout:
+            parts = name.split(".")
+            group = trainer.parameters.weights.blocks[parts[-1]][0].group
+            module.lora_dropout["default"] = Masked(int(parts[parts.index("layers") + 1]), group)
+
+
+@pytest.mark.parametrize("policy", ["full", "x_only"])
+def test_dropout_masks_are_the_same_in_every_window_and_in_the_backward(
+    folders: dict[tuple[str, bool], Path], policy: str
+) -> None:
+    error = gradient_error(
+        folders["qwen3", False], torch.float64, [150], random.Random(4), 40, TARGETS, policy, 150, dropout=0.4
+    )
+    assert error < 1e-9
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -122,7 +165,7 @@ def test_windows_of_one_token_and_of_a_whole_sequence_are_exact(
     architecture=st.sampled_from(ARCHITECTURES),
     tied=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32]),
-    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(4, 40), min_size=1, max_size=5),
     seed=st.integers(0, 2**31),
     largest=st.integers(1, 50),
     targets=st.lists(st.sampled_from(TARGETS), min_size=1, unique=True),

@@ -74,7 +74,7 @@ def forward(trainer: Trainer, window: Window) -> None:
         positions=trainer.positions(window),
         slots=cache.slots(blocks, [p % BLOCK_SIZE for p in positions]),
         windows=[trainer.paged(window)],
-        adapters=[(0, window.num_tokens, trainer.parameters.weights)],
+        adapters=[trainer.adapter_run(window, 0)],
         captures=[]
         if trainer.job.evaluating
         else [Capture(slice(0, window.num_tokens), trainer.store, window.start)],

@@ -16,8 +16,9 @@ from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.finetune.trainer import StepReport, Trainer
 from services.gpu_worker.kernels.attention import causal_mask, length_mask
 from services.gpu_worker.kernels.kv_cache import KVCache
-from services.gpu_worker.model.adapters import AdapterPool, LoraWeights
+from services.gpu_worker.model.adapters import AdapterPool
 from services.gpu_worker.model.context import (
+    AdapterRun,
     Capture,
     ForwardContext,
     PagedDecode,
@@ -212,19 +213,17 @@ class ModelRunner:
         rows = slice(decodes[0][1].start, decodes[-1][1].stop)
         return PagedDecode(rows, self.cache.pages(tables), mask)
 
-    def _adapter_runs(self, rows: _Rows) -> list[tuple[int, int, LoraWeights]]:
+    def _adapter_runs(self, rows: _Rows) -> list[AdapterRun]:
         """Runs of neighbouring rows with the same adapter; rows of the base model are in none."""
-        runs: list[tuple[int, int, LoraWeights]] = [
-            (span.start, span.stop, self._trainer(work).parameters.weights) for work, span in rows.forwards
-        ]
+        runs = [self._trainer(work).adapter_run(work.window, span.start) for work, span in rows.forwards]
         for chunk, span in rows.chunks:
             if chunk.sequence.adapter is None:
                 continue
             weights = self.adapters.get(chunk.sequence.adapter)
-            if runs and runs[-1][1] == span.start and runs[-1][2] is weights:
-                runs[-1] = (runs[-1][0], span.stop, weights)
+            if runs and runs[-1].end == span.start and runs[-1].weights is weights:
+                runs[-1].end = span.stop
             else:
-                runs.append((span.start, span.stop, weights))
+                runs.append(AdapterRun(span.start, span.stop, weights))
         return runs
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:

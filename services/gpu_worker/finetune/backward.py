@@ -8,7 +8,7 @@ Source: FlexLLM (arXiv 2402.18789), section 4; formulas checked against whole-se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from services.gpu_worker.kernels.norm_rope import (
     silu_mul,
     silu_mul_backward,
 )
-from services.gpu_worker.model.context import PagedWindow
+from services.gpu_worker.model.context import AdapterRun, PagedWindow
 from services.gpu_worker.model.transformer import Transformer
 from services.gpu_worker.model.weights import LayerWeights
 
@@ -56,6 +56,7 @@ class LayerBackward:
     parameters: LoraParameters
     store: ActivationStore
     index: int
+    bypasses: AdapterRun  # of the window's rows
 
     @property
     def layer(self) -> LayerWeights:
@@ -123,9 +124,9 @@ class LayerBackward:
         width = config.q_size + (config.kv_size if config.qk_norm else 0)
         bias = None if layer.qkv_bias is None else layer.qkv_bias[:width]
         out = linear(h, layer.qkv[:width], bias)
-        pair = self.parameters.weights.layers[self.index].get("qkv")
-        if pair is not None:
-            lora_add_(out, h, [(0, len(h), pair[0], pair[1][:width])])
+        bypass = self.bypasses.segment(self.index, "qkv", h)
+        if bypass is not None:
+            lora_add_(out, h, [replace(bypass, b=bypass.b[:width])])
         return out[:, : config.q_size], out[:, config.q_size :] if config.qk_norm else None
 
     def _attention(
@@ -164,15 +165,15 @@ class LayerBackward:
 
     def _linear(self, group: str, x: Tensor, weight: Tensor) -> Tensor:
         y = x @ weight.T
-        pair = self.parameters.weights.layers[self.index].get(group)
-        return y if pair is None else lora_add_(y, x, [(0, len(x), *pair)])
+        bypass = self.bypasses.segment(self.index, group, x)
+        return y if bypass is None else lora_add_(y, x, [bypass])
 
     def _linear_backward(
         self, group: str, dy: Tensor, x: Tensor, weight: Tensor, need_input: bool = True
     ) -> Tensor | None:
         dx = dy @ weight if need_input else None
-        pair = self.parameters.weights.layers[self.index].get(group)
-        if pair is not None:
+        bypass = self.bypasses.segment(self.index, group, x)
+        if bypass is not None:
             gradient = self.parameters.gradients[self.index][group]
-            lora_backward(dy, x, *pair, dx, gradient.a, gradient.b)
+            lora_backward(dy, x, bypass, dx, gradient.a, gradient.b)
         return dx

@@ -30,6 +30,7 @@ class JobConfig:
     beta2: float = 0.999
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
+    lora_dropout: float = 0.0
     seed: int = 0
     eval_every_steps: int = 0  # 0: before the first step, after each epoch and at the end
     max_steps: int = 0  # 0: no limit beside the epochs

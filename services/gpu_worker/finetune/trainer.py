@@ -15,10 +15,11 @@ from services.gpu_worker.finetune.job import Examples, FinetuneJob, TrainingSequ
 from services.gpu_worker.finetune.loss import LossSum, window_loss
 from services.gpu_worker.finetune.optimizer import LoraParameters
 from services.gpu_worker.kernels.attention import causal_mask
+from services.gpu_worker.kernels.dropout import Dropout
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.adapters import LoraConfig
-from services.gpu_worker.model.context import PagedWindow, WindowPart
+from services.gpu_worker.model.context import AdapterRun, PagedWindow, WindowPart
 from services.gpu_worker.model.transformer import Transformer
 
 MAX_SKIPPED_STEPS = 3  # non-finite gradients in a row before a job is given up
@@ -72,6 +73,7 @@ class Trainer:
         self._gradients: GradientState | None = None
         self._total = LossSum.zero(model.weights.device)
         self._sequence: TrainingSequence | None = None
+        self._dropout: Dropout | None = None
         self._tokens = self._labels = self._positions = torch.empty(0, dtype=torch.int64)
         self._windows: dict[tuple[int, int], PagedWindow] = {}
 
@@ -102,8 +104,15 @@ class Trainer:
         self._labels = self._to_device(np.concatenate([labels for _, labels in examples]))
         self._positions = self._to_device(np.concatenate([np.arange(len(tokens)) for tokens, _ in examples]))
         self._windows.clear()
+        self._dropout = self._make_dropout(sequence)
         if not sequence.evaluation:
             self._reserve(sequence.num_tokens)
+
+    def _make_dropout(self, sequence: TrainingSequence) -> Dropout | None:
+        config = self.job.config
+        if sequence.evaluation or not config.lora_dropout:
+            return None
+        return Dropout(config.lora_dropout, f"{config.seed}|{self.job.step}|{sequence.examples[0]}")
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -127,6 +136,11 @@ class Trainer:
 
     def positions(self, window: Window) -> Tensor:
         return self._positions[window.start : window.end]
+
+    def adapter_run(self, window: Window, first_row: int) -> AdapterRun:
+        """The job's adapter for the window's rows, which start at `first_row` of the stream."""
+        last_row = first_row + window.num_tokens
+        return AdapterRun(first_row, last_row, self.parameters.weights, self._dropout, window.start)
 
     def paged(self, window: Window) -> PagedWindow:
         """Which keys the window's rows (counted from 0) read; the same for every layer."""
@@ -168,7 +182,8 @@ class Trainer:
         assert window.layer is not None and self._sequence is not None and self._gradients is not None
         if window.end == self._sequence.num_tokens:
             self._gradients.begin_layer()
-        layer = LayerBackward(self._model, self._cache, self.parameters, self.store, window.layer)
+        run = self.adapter_run(window, 0)
+        layer = LayerBackward(self._model, self._cache, self.parameters, self.store, window.layer, run)
         layer.run(window.start, self.positions(window), self.paged(window), self._gradients)
 
     # --- steps

@@ -12,13 +12,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Segment = tuple[int, int, Tensor, Tensor]  # rows [start, end), A [R, in], B [out, R]
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows [start, end) with the bypass A [R, in], B [out, R]; `mask` [rows, in] multiplies what A reads."""
+
+    start: int
+    end: int
+    a: Tensor
+    b: Tensor
+    mask: Tensor | None = None
 
 
 def lora_add_(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Adds every segment's bypass to its rows of `y` [N, out], in place; other rows cost nothing."""
-    for start, end, a, b in segments:
-        y[start:end].addmm_(x[start:end] @ a.T, b.T)
+    for segment in segments:
+        rows = x[segment.start : segment.end]
+        if segment.mask is not None:
+            rows = rows * segment.mask
+        y[segment.start : segment.end].addmm_(rows @ segment.a.T, segment.b.T)
     return y
 
 
@@ -35,17 +47,22 @@ class BlockGradient:
 def lora_backward(
     dy: Tensor,
     x: Tensor,
-    a: Tensor,
-    b: Tensor,
+    bypass: Segment,
     dx: Tensor | None,
     grad_a: Tensor,
     grads_b: Sequence[BlockGradient],
 ) -> None:
     """Adds the bypass's part to `dx` [N, in] and to the float32 gradients of the stacked A and of each B."""
-    low = x @ a.T  # recomputed: N * R values are cheaper than their bytes
-    d_low = dy @ b
+    if bypass.mask is not None:
+        x = x * bypass.mask
+    low = x @ bypass.a.T  # recomputed: N * R values are cheaper than their bytes
+    d_low = dy @ bypass.b
     grad_a.add_(d_low.T @ x)
     for block in grads_b:
         block.grad.add_(dy[:, block.out].T @ low[:, block.rank], alpha=block.scale)
-    if dx is not None:
-        dx.addmm_(d_low, a)
+    if dx is None:
+        return
+    if bypass.mask is None:
+        dx.addmm_(d_low, bypass.a)
+    else:
+        dx.add_((d_low @ bypass.a).mul_(bypass.mask))

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from services.gpu_worker.kernels.dropout import Dropout
+from services.gpu_worker.kernels.lora import Segment
 from services.gpu_worker.model.adapters import LoraWeights
 
 
@@ -65,6 +67,28 @@ class PagedDecode:
 
 
 @dataclass(slots=True)
+class AdapterRun:
+    """Rows [start, end) that use one adapter; in training they are the tokens from `first_token` on."""
+
+    start: int
+    end: int
+    weights: LoraWeights
+    dropout: Dropout | None = None
+    first_token: int = 0
+
+    def segment(self, layer: int, group: str, x: Tensor) -> Segment | None:
+        """The bypass of one fused linear, whose input is `x` [N, in]; None where the adapter has none."""
+        pair = self.weights.layers[layer].get(group)
+        if pair is None:
+            return None
+        mask = None
+        if self.dropout is not None:
+            tokens = slice(self.first_token, self.first_token + self.end - self.start)
+            mask = self.dropout.mask(layer, group, tokens, x[self.start : self.end])
+        return Segment(self.start, self.end, *pair, mask)
+
+
+@dataclass(slots=True)
 class ForwardContext:
     """One fused forward over N rows."""
 
@@ -72,5 +96,5 @@ class ForwardContext:
     slots: Tensor  # where the rows' keys and values are written, from KVCache.slots
     windows: list[PagedWindow] = field(default_factory=list)
     decode: PagedDecode | None = None
-    adapters: list[tuple[int, int, LoraWeights]] = field(default_factory=list)  # rows [start, end)
+    adapters: list[AdapterRun] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from services.gpu_worker.kernels.attention import decode_attention, window_attention
 from services.gpu_worker.kernels.kv_cache import KVCache
-from services.gpu_worker.kernels.lora import Segment, lora_add_
+from services.gpu_worker.kernels.lora import lora_add_
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype, rms_norm, rope, silu_mul
 from services.gpu_worker.model.context import ForwardContext, LayerActivations
 from services.gpu_worker.model.weights import LayerWeights, ModelWeights
@@ -65,21 +65,19 @@ class Transformer:
         context: ForwardContext,
     ) -> Tensor:
         config = self.config
-        bypass = {group: _segments(context, index, group) for group in ("qkv", "o", "gate_up", "down")}
-
         h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
         qkv = torch.nn.functional.linear(h, layer.qkv, layer.qkv_bias)
-        lora_add_(qkv, h, bypass["qkv"])
+        _bypass_(qkv, h, context, index, "qkv")
         q, k, v = qkv.split((config.q_size, config.kv_size, config.kv_size), -1)
         q_NHE = self.rotate(q, layer.q_norm, rotation)
         cache.write(index, context.slots, self.rotate(k, layer.k_norm, rotation), v)
 
         o, lse = _attention(index, q_NHE, cache, context)
-        x2 = lora_add_(o @ layer.o.T, o, bypass["o"]).add_(x)
+        x2 = _bypass_(o @ layer.o.T, o, context, index, "o").add_(x)
         h2 = rms_norm(x2, layer.post_norm, config.rms_norm_eps)
-        gate_up = lora_add_(h2 @ layer.gate_up.T, h2, bypass["gate_up"])
+        gate_up = _bypass_(h2 @ layer.gate_up.T, h2, context, index, "gate_up")
         m = silu_mul(gate_up)
-        y = lora_add_(m @ layer.down.T, m, bypass["down"]).add_(x2)
+        y = _bypass_(m @ layer.down.T, m, context, index, "down").add_(x2)
 
         if context.captures:
             activations = LayerActivations(x, q, k, o, lse, x2, gate_up)
@@ -88,12 +86,10 @@ class Transformer:
         return y
 
 
-def _segments(context: ForwardContext, layer: int, group: str) -> list[Segment]:
-    return [
-        (start, end, *lora.layers[layer][group])
-        for start, end, lora in context.adapters
-        if group in lora.layers[layer]
-    ]
+def _bypass_(y: Tensor, x: Tensor, context: ForwardContext, layer: int, group: str) -> Tensor:
+    """Adds every adapter's part to a fused linear's output `y` of its input `x`, in place."""
+    segments = [segment for run in context.adapters if (segment := run.segment(layer, group, x)) is not None]
+    return lora_add_(y, x, segments)
 
 
 def _attention(layer: int, q_NHE: Tensor, cache: KVCache, context: ForwardContext) -> tuple[Tensor, Tensor]:
