@@ -299,6 +299,8 @@ class Engine:
         checkpoint: Mapping[str, bytes] | None = None,
     ) -> FinetuneJob:
         """Starts a job, or continues it from a checkpoint's files. Raises ValueError for what cannot run."""
+        if lora.rank > self.config.max_lora_rank:
+            raise ValueError(f"rank {lora.rank} exceeds {self.config.max_lora_rank}")
         job = FinetuneJob(
             job_id,
             config,
@@ -308,6 +310,8 @@ class Engine:
             min(self.config.finetune_tokens_in_flight, self.cache.num_blocks * self.config.block_size),
             weight,
         )
+        for dataset in filter(None, (training, validation)):
+            dataset.check(self.model.config.vocab_size, self.model.max_position)
         trainer = Trainer(
             self.model, self.cache, job, lora, training, validation, self.config.activation_policy
         )

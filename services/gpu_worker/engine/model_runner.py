@@ -105,10 +105,9 @@ class ModelRunner:
     # --- the fused forward
 
     def _forward(self, batch: Batch, result: RunResult) -> None:
-        rows = self._lay_out(batch)
-        for work, _ in rows.forwards:
-            if work.window.start == 0:
-                self._trainer(work).begin(work.sequence)
+        rows = self._lay_out(batch, self._begin(batch.forwards, result))
+        if not (rows.forwards or rows.chunks):
+            return
         entered = _entered_blocks(rows, self.cache.block_size)
         if entered:
             self.cache.clear(entered)
@@ -125,13 +124,22 @@ class ModelRunner:
             logits = self.model.logits(hidden[[row for _, row in done]])
             result.sampled = sample(logits, [sequence for sequence, _ in done])
 
+    def _begin(self, forwards: list[JobWindow], result: RunResult) -> list[JobWindow]:
+        """Takes the training sequences that start here in hand; leaves out jobs that cannot."""
+        for work in forwards:
+            if work.window.start == 0:
+                begin = partial(self._trainer(work).begin, work.sequence)
+                self._guarded(work.job.job_id, result, begin)
+        failed = {job_id for job_id, _ in result.failures}
+        return [work for work in forwards if work.job.job_id not in failed]
+
     def _finish_window(self, work: JobWindow, hidden: Tensor, result: RunResult) -> None:
         trainer = self._trainer(work)
         trainer.finish_forward(work.window, hidden)
         if work.ends_evaluation:
             result.reports.append((work.job.job_id, trainer.evaluation_report()))
 
-    def _lay_out(self, batch: Batch) -> _Rows:
+    def _lay_out(self, batch: Batch, forwards: list[JobWindow]) -> _Rows:
         """Decodes are sorted by adapter, so that those who share one are one run of rows."""
         prompts = [chunk for chunk in batch.chunks if chunk.num_tokens > 1]
         decodes = [chunk for chunk in batch.chunks if chunk.num_tokens == 1]
@@ -144,7 +152,7 @@ class ModelRunner:
             return slice(offset - num_tokens, offset)
 
         return _Rows(
-            [(work, span(work.window.num_tokens)) for work in batch.forwards],
+            [(work, span(work.window.num_tokens)) for work in forwards],
             [(chunk, span(chunk.num_tokens)) for chunk in prompts],
             [(chunk, span(1)) for chunk in decodes],
         )

@@ -24,7 +24,7 @@ REPEATS = 3
 def profile(runner: ModelRunner, largest: int, policy: str) -> LatencyModel:
     """Curves up to `largest` tokens. Uses the first blocks of the cache; nothing may be in them yet."""
     capacity = runner.cache.num_blocks * runner.cache.block_size
-    limit = min(largest, capacity, len(runner.model.cos))
+    limit = min(largest, capacity, runner.model.max_position)
     sizes = [size for size in PROFILE_SIZES if size < limit] + [limit]
     trainer = _trainer(runner, limit, policy)
     return LatencyModel(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
@@ -40,13 +41,19 @@ def save_checkpoint(trainer: Trainer) -> dict[str, bytes]:
 def load_checkpoint(trainer: Trainer, files: Mapping[str, bytes]) -> None:
     """Puts a fresh trainer of the same job where `save_checkpoint` found it."""
     job = trainer.job
-    state = json.loads(files["state.json"])
+    try:
+        state = json.loads(files["state.json"])
+        tensors = load_safetensors(files["optimizer.safetensors"])
+    except (KeyError, ValueError, SafetensorError) as error:
+        raise InvalidCheckpoint(
+            f"job {job.job_id}: one of {', '.join(FILES)} is unreadable: {error}"
+        ) from error
     if state["job_id"] != job.job_id:
         raise InvalidCheckpoint(f"checkpoint of job {state['job_id']}, not of {job.job_id}")
     if state["config"] != asdict(job.config):
         raise InvalidCheckpoint(f"job {job.job_id}: the hyper-parameters differ from the checkpoint's")
     try:
-        trainer.parameters.load_state(load_safetensors(files["optimizer.safetensors"]))
+        trainer.parameters.load_state(tensors)
     except ValueError as error:
         raise InvalidCheckpoint(f"job {job.job_id}: {error}") from error
     trainer.trained_tokens, trainer.skipped_steps = state["trained_tokens"], state["skipped_steps"]

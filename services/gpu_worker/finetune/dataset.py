@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load
+
+KINDS = {"tokens": "i", "mask": "u", "offsets": "i"}  # numpy's letters for signed and unsigned integers
 
 
 class InvalidDataset(ValueError):
@@ -24,16 +27,36 @@ class Dataset:
     @classmethod
     def from_bytes(cls, data: bytes) -> Dataset:
         """Reads a safetensors file with `tokens`, `mask` and `offsets`."""
-        tensors = load(data)
-        missing = {"tokens", "mask", "offsets"} - tensors.keys()
-        if missing:
-            raise InvalidDataset(f"no tensor {sorted(missing)[0]!r} in the dataset")
+        try:
+            tensors = load(data)
+        except SafetensorError as error:
+            raise InvalidDataset(f"the dataset cannot be read: {error}") from error
+        for name, kind in KINDS.items():
+            if name not in tensors:
+                raise InvalidDataset(f"no tensor {name!r} in the dataset")
+            if tensors[name].dtype.kind != kind or tensors[name].ndim != 1:
+                raise InvalidDataset(
+                    f"{name!r} must have one dimension of integers, not {tensors[name].dtype} "
+                    f"of shape {list(tensors[name].shape)}"
+                )
         dataset = cls(tensors["tokens"], tensors["mask"], tensors["offsets"])
-        if len(dataset.offsets) < 2 or dataset.offsets[-1] != len(dataset.tokens) or len(dataset) < 1:
+        ends = dataset.offsets[[0, -1]].tolist() if len(dataset.offsets) > 1 else None
+        if ends != [0, len(dataset.tokens)]:
             raise InvalidDataset("the dataset's offsets do not match its tokens")
         if len(dataset.mask) != len(dataset.tokens) or (np.diff(dataset.offsets) < 2).any():
             raise InvalidDataset("every example needs at least two tokens and a mask for each")
         return dataset
+
+    def check(self, vocab_size: int, max_positions: int) -> None:
+        """Raises InvalidDataset for what the model cannot compute."""
+        for token in (int(self.tokens.min()), int(self.tokens.max())):
+            if not 0 <= token < vocab_size:
+                raise InvalidDataset(f"token {token} is not in [0, {vocab_size})")
+        longest = max(self.lengths())
+        if longest > max_positions:
+            raise InvalidDataset(
+                f"an example of {longest} tokens exceeds the model's {max_positions} positions"
+            )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -114,6 +114,10 @@ class FinetuneJob:
         longest = max(self.training.lengths + (self.validation.lengths if self.validation else []))
         if longest > self.max_tokens_in_flight:
             raise ValueError(f"an example of {longest} tokens exceeds {self.max_tokens_in_flight} in flight")
+        for examples in filter(None, (self.training, self.validation)):
+            if 0 in examples.num_targets:
+                index = examples.num_targets.index(0)
+                raise ValueError(f"example {index} of {len(examples)} has no training target")
         self._plan()
 
     # --- the plan

@@ -15,6 +15,7 @@ from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.adapters import GROUPS, LoraConfig, LoraWeights, Projection
 from services.gpu_worker.model.config import ModelConfig
 
+STATE = {"masters", "step", "exp_avg", "exp_avg_sq"}  # before the first step the masters alone
 Take = Callable[[int, int], tuple[Tensor, Tensor]]  # rows, columns -> views of master and gradient
 
 
@@ -129,7 +130,11 @@ class LoraParameters:
         return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`; raises ValueError where a size differs."""
+        """The inverse of `state`; raises ValueError where a tensor is missing or a size differs."""
+        if state.keys() not in ({"masters"}, STATE):
+            raise ValueError(
+                f"the checkpoint holds {', '.join(sorted(state))}, not {', '.join(sorted(STATE))}"
+            )
         for name, value in state.items():
             if name != "step" and value.shape != self.flat.shape:
                 raise ValueError(

@@ -23,6 +23,7 @@ from services.gpu_worker.model.context import AdapterRun, PagedWindow, WindowPar
 from services.gpu_worker.model.transformer import Transformer
 
 MAX_SKIPPED_STEPS = 3  # non-finite gradients in a row before a job is given up
+MAX_CACHED_WINDOWS = 32  # of one sequence: layers are cut alike where time is no issue, and masks are large
 
 
 class TrainingDiverged(RuntimeError):
@@ -121,6 +122,7 @@ class Trainer:
         """Buffers for a sequence's activations and gradients; they only grow."""
         config, weights = self._model.config, self._model.weights
         if self._store is None or self._store.capacity < num_tokens:
+            self._store = None  # before the larger one is made: both at once may not fit
             self._store = ActivationStore(config, self._policy, num_tokens, weights.dtype, self.device)
             self._dx = torch.empty(num_tokens, config.hidden_size, dtype=weights.dtype, device=self.device)
         shape = (config.num_kv_heads, num_tokens, config.head_dim)
@@ -146,6 +148,8 @@ class Trainer:
         """Which keys the window's rows (counted from 0) read; the same for every layer."""
         key = window.start, window.end
         if key not in self._windows:
+            if len(self._windows) == MAX_CACHED_WINDOWS:
+                del self._windows[next(iter(self._windows))]
             self._windows[key] = self._make_paged(window)
         return self._windows[key]
 

@@ -85,6 +85,9 @@ class LoraWeights:
     def __init__(
         self, config: ModelConfig, lora: LoraConfig, dtype: torch.dtype, device: torch.device
     ) -> None:
+        unknown = set(lora.targets) - projections(config).keys()
+        if unknown:
+            raise InvalidAdapter(f"the model has no target {sorted(unknown)[0]!r}")
         self.config = lora
         self.blocks: dict[str, tuple[Projection, slice]] = {}  # target -> where, and its columns of the stack
         stacked: dict[str, int] = {}

@@ -22,6 +22,7 @@ class Transformer:
     def __init__(self, weights: ModelWeights, max_position: int) -> None:
         self.weights = weights
         self.config = weights.config
+        self.max_position = max_position
         self.cos, self.sin = self._rotations(max_position)
 
     def _rotations(self, max_position: int) -> tuple[Tensor, Tensor]:
