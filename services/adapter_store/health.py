@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.adapter_store import repository
 from services.adapter_store.deps import ServicesDep
+from shared.db import now
 from shared.models import JOB_STATUSES, AdapterVersion, BgTask, Outbox
 
 router = APIRouter()
@@ -45,11 +46,14 @@ async def metrics(services: ServicesDep) -> Response:
     jobs = Gauge("flexllm_jobs", "Finetuning jobs by status", ["status"], registry=registry)
     unsent = Gauge("flexllm_outbox_unsent", "Messages that wait to be sent", registry=registry)
     undone = Gauge("flexllm_tasks_undone", "Background tasks that are not done", registry=registry)
+    late = Gauge("flexllm_tasks_late_seconds", "Age of the oldest background task undone", registry=registry)
     served = Gauge("flexllm_adapter_versions_ready", "Adapter versions that are served", registry=registry)
     async with services.sessions.begin() as session:
         counts = await repository.count_jobs(session, None)
         unsent.set(await session.scalar(select(func.count()).select_from(Outbox)) or 0)
         undone.set(await session.scalar(select(func.count()).where(BgTask.done_at.is_(None))) or 0)
+        age = select(func.extract("epoch", now() - func.min(BgTask.created_at)))
+        late.set(await session.scalar(age.where(BgTask.done_at.is_(None))) or 0)
         served.set(await session.scalar(select(func.count()).where(AdapterVersion.state == "READY")) or 0)
     for status in JOB_STATUSES:
         jobs.labels(status).set(counts.get(status, 0))

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from services.adapter_store import errors, health, internal, routes
 from services.adapter_store.admin import make_admin
 from services.adapter_store.dispatch import Dispatcher
+from services.adapter_store.limits import BodyLimit
 from services.adapter_store.service import Services
 from shared.config import Settings
 from shared.db import make_engine, session_factory
@@ -44,7 +45,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         await client.aclose()
         await engine.dispose()
 
-    app = FastAPI(title="FlexLLM adapter store", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="FlexLLM adapter store", lifespan=lifespan, openapi_url=None)
+    app.add_middleware(BodyLimit)
     errors.install(app)
     for part in (health, internal, routes):
         app.include_router(part.router)

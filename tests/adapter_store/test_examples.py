@@ -36,7 +36,7 @@ def test_text_parts_are_joined() -> None:
 
 def test_a_tool_call_needs_no_content() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    messages = [USER, {"role": "assistant", "tool_calls": [call]}]
+    messages: list[dict[str, Any]] = [USER, {"role": "assistant", "tool_calls": [call]}]
     messages += [{"role": "tool", "tool_call_id": "1", "content": "3"}, BOT]
     example = parse_example(chat(*messages, tools=[{"type": "function"}], parallel_tool_calls=True))
     assert isinstance(example, ChatExample) and example.uses_tools

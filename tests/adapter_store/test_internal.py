@@ -170,7 +170,7 @@ async def test_an_adapter_is_published_only_as_it_lies_in_storage(
     "header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic x", "Bearer \u00fc"]
 )
 async def test_only_workers_may_call(client: httpx.AsyncClient, header: str | None) -> None:
-    headers = {} if header is None else {"authorization": header.encode()}
+    headers = {} if header is None else {b"authorization": header.encode()}
     for verb in ("claim", "beat", "checkpoints", "publish", "end"):
         response = await client.post(f"/internal/jobs/x/{verb}", headers=headers, json={})
         assert code_of(response) == (401, "invalid_api_key")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -148,6 +149,7 @@ async def test_no_route_is_open_but_the_health_checks(settings: Settings, client
     open_paths = {"/livez", "/readyz", "/metrics"}
     schema = app.openapi()["paths"]
     assert len(schema) > 10
+    assert (await client.get("/openapi.json")).status_code == 404
     for path, methods in schema.items():
         for method in methods:
             url = path.replace("{number}", "1").replace("{", "").replace("}", "")
@@ -163,6 +165,23 @@ async def test_health_and_metrics(
     text = (await client.get("/metrics")).text
     assert 'flexllm_jobs{status="succeeded"} 2.0' in text
     assert "flexllm_adapter_versions_ready 2.0" in text
+    assert "flexllm_tasks_undone 2.0" in text and "flexllm_tasks_late_seconds 0.0" not in text
+
+
+async def test_a_body_is_bounded_whether_it_says_so_or_not(
+    client: httpx.AsyncClient, session_factory: SessionFactory, settings: Settings, bot: list[str]
+) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b" " * 100_000
+
+    client.headers.update(await make_headers(session_factory, settings))
+    url = "/v1/adapters/bot/aliases/live"
+    announced = await client.put(url, content=b" " * 5_000_000)
+    assert (announced.status_code, announced.json()["error"]["code"]) == (413, "request_too_large")
+    assert (await client.put(url, content=endless())).status_code == 400
+    lying = await client.put(url, content=b"{}", headers={"content-length": "-1"})
+    assert lying.status_code == 413
 
 
 async def test_a_missing_dependency_is_named_and_answers_503(settings: Settings) -> None:
