@@ -74,6 +74,7 @@ class Settings(BaseSettings):
     queue_wait_s: float = 30.0
     request_deadline_s: float = 600.0
     max_queue_depth: int = 1024
+    max_sequences_per_tenant: int = Field(default=256, ge=1)  # in flight, in one process of the API
     drain_s: float = 20.0
 
     # Jobs

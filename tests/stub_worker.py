@@ -136,5 +136,5 @@ class StubWorker:
 
 def logprob_of(token: int, num_top: int) -> TokenLogprob:
     """The token itself leads, then its neighbours; all values are exact in binary."""
-    top = tuple(((token + i) % 256, -0.5 - i) for i in range(num_top))
+    top = tuple((abs(token - i), -0.5 - i) for i in range(num_top))
     return TokenLogprob(logprob=-0.5, top=top)

@@ -1,0 +1,9 @@
+"""`python -m services.api`: serves the customers' API on its host and port."""
+
+from __future__ import annotations
+
+from services.api.server import serve
+from shared.config import Settings
+
+if __name__ == "__main__":
+    serve(Settings())

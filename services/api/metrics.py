@@ -1,0 +1,98 @@
+"""Prometheus figures of one process; no label names a tenant."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.api.auth import PUBLIC
+
+log = structlog.get_logger()
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "flexllm_requests", "HTTP requests", ["method", "route", "status"], registry=self.registry
+        )
+        self.prompt_tokens = Counter("flexllm_prompt_tokens", "Tokens of prompts", registry=self.registry)
+        self.cached_tokens = Counter(
+            "flexllm_cached_prompt_tokens",
+            "Tokens of prompts found in the prefix cache",
+            registry=self.registry,
+        )
+        self.completion_tokens = Counter(
+            "flexllm_completion_tokens", "Tokens generated and delivered", registry=self.registry
+        )
+        self.first_token_s = Histogram(
+            "flexllm_time_to_first_token_seconds",
+            "From the request's arrival to its first text",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.token_s = Histogram(
+            "flexllm_time_per_output_token_seconds",
+            "Mean over a request's tokens after the first",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "flexllm_sequences_in_flight", "Sequences enqueued and not over", registry=self.registry
+        )
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class Observation:
+    """ASGI: counts every request and logs one line of it: ids, sizes and times, never a prompt or a key."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        started, status, num_bytes = time.monotonic(), 0, 0
+
+        async def observed(message: Message) -> None:
+            nonlocal status, num_bytes
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            num_bytes += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed)
+        finally:
+            seconds = round(time.monotonic() - started, 3)
+            self._note(scope, status, num_bytes, seconds)
+
+    def _note(self, scope: Scope, status: int, num_bytes: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unknown")
+        self._metrics.requests.labels(known_method(scope["method"]), route, status).inc()
+        if route in PUBLIC and status < 300:
+            return
+        owner = scope.get("owner")
+        log.info(
+            "request",
+            method=scope["method"][:16],
+            route=route,
+            status=status,
+            request_id=scope["request_id"],
+            tenant=owner.tenant_id if owner else None,
+            key=owner.key_id if owner else None,
+            size_bytes=num_bytes,
+            seconds=seconds,
+        )
+
+
+def known_method(method: str) -> str:
+    """Labels are ours: a client cannot make new ones."""
+    return method if method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH") else "other"

@@ -1,0 +1,1 @@
+"""Bodies of requests, checked strictly: right types, bounded sizes, no unknown field."""
