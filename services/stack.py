@@ -84,9 +84,9 @@ def programs(settings: Settings, state: State) -> list[Program]:
     """The services in the order in which they start; they stop in the opposite one."""
     environment = child_environment(settings)
 
-    def program(name: str, *module: str, check: Check, stop_timeout_s: float) -> Program:
+    def program(name: str, *module: str, check: Check, stop_timeout_s: float, **extra: str) -> Program:
         argv, log_path = (sys.executable, "-m", *module), state.logs_dir / f"{name}.log"
-        return Program(name, argv, environment, log_path, check, stop_timeout_s)
+        return Program(name, argv, environment | extra, log_path, check, stop_timeout_s)
 
     def lives(port: int) -> Check:
         return partial(http_problem, f"http://127.0.0.1:{port}/livez")
@@ -99,7 +99,14 @@ def programs(settings: Settings, state: State) -> list[Program]:
             "adapter-store", "services.adapter_store", check=lives(settings.store_port), stop_timeout_s=15
         ),
         program("tasks", *tasks, *schedule, check=lambda: None, stop_timeout_s=30),
-        program("gpu-worker", "services.gpu_worker", check=works, stop_timeout_s=settings.drain_s + 15),
+        program(
+            "gpu-worker",
+            "services.gpu_worker",
+            check=works,
+            stop_timeout_s=settings.drain_s + 15,
+            # the cores are shared with the other parts: threads that spin at a barrier would wait for nothing
+            OMP_WAIT_POLICY="PASSIVE",
+        ),
         program("api", "services.api", check=lives(settings.api_port), stop_timeout_s=40),
     ]
 

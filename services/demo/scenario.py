@@ -26,8 +26,7 @@ QUESTIONS = 4
 ANSWER_TOKENS = 224
 JOB_TIMEOUT_S = 1200.0
 TRAINING = {
-    "rank": 16,
-    "alpha": 32,
+    "peft": {"rank": 16, "alpha": 32},
     "max_seq_len": 512,
     "learning_rate": 1e-3,
     "warmup_ratio": 0.05,
