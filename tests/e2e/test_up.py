@@ -37,7 +37,7 @@ class Up:
             str(model),
         ]
         command += ["--api-port", str(self.api_port), "--store-port", str(store_port)]
-        self.output = (state / "output").open("a+")
+        self.output = (state / "output").open("w")
         self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT)
 
     def wait_until_ready(self) -> None:
