@@ -62,6 +62,19 @@ def test_greedy_tokens_equal_transformers(tmp_path: Path, architecture: str) -> 
         assert generate(engine, prompt, Sampling(max_tokens=20)).tokens == theirs[0, length:].tolist()
 
 
+def test_a_checkpoint_in_shards_gives_the_same_tokens(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "whole", num_layers=3)
+    shards = make_tiny_model(tmp_path / "shards", num_layers=3)
+    (shards / "model.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(shards, max_shard_size="100KB")
+    assert len(list(shards.glob("model-*.safetensors"))) > 1
+    whole, parts = make_engine(folder), make_engine(shards)
+    prompt = prompt_of(whole, 30)
+    sampling = Sampling(max_tokens=20)
+    assert generate(parts, prompt, sampling).tokens == generate(whole, prompt, sampling).tokens
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

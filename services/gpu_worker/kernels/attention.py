@@ -56,15 +56,24 @@ def window_attention(q_NHE: Tensor, keys: Tensor, values: Tensor, mask: Tensor) 
     `keys`, `values` [G, S, E], `mask` from `causal_mask`. Returns the output [N, H * E] and the natural
     log-sum-exp of the scaled scores [H, N], which `window_attention_backward` reads instead of probabilities.
     """
-    n, h, e = q_NHE.shape
-    q = group_heads(q_NHE, keys.shape[0])
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[None], keys[None], values[None], 0.0, False, attn_mask=mask
-        )
-        out, lse = out[0], lse[0]
-    else:
-        scores = torch.bmm(q, keys.transpose(1, 2)).to(accumulation_dtype(q.dtype)) / math.sqrt(e) + mask
-        lse = torch.logsumexp(scores, -1)
-        out = torch.bmm(torch.exp(scores - lse[..., None]).to(values.dtype), values)
-    return ungroup_heads(out, n).reshape(n, h * e), lse.reshape(h, n)
+    n, h, _ = q_NHE.shape
+    attend = _flash if q_NHE.device.type == "cpu" else _math
+    out, lse = attend(group_heads(q_NHE, keys.shape[0]), keys, values, mask)
+    return ungroup_heads(out, n).flatten(1), lse.reshape(h, n)
+
+
+def _flash(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """torch's blocked kernel for CPUs. `q` [G, rows, E] -> output of the same shape and lse [G, rows]."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q[None], keys[None], values[None], 0.0, False, attn_mask=mask
+    )
+    return out[0], lse[0]
+
+
+def _math(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by whole matrices, on any device."""
+    scores = (
+        torch.bmm(q, keys.transpose(1, 2)).to(accumulation_dtype(q.dtype)) / math.sqrt(q.shape[-1]) + mask
+    )
+    lse = torch.logsumexp(scores, -1)
+    return torch.bmm(torch.exp(scores - lse[..., None]).to(values.dtype), values), lse

@@ -21,17 +21,30 @@ def window_attention_backward(
     n, h, e = q_NHE.shape
     g = keys.shape[0]
     q, do, o = (group_heads(t.reshape(n, h, e), g) for t in (q_NHE, d_out, out))
-    lse = lse_HN.reshape(g, -1)
-    if q.device.type == "cpu":
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do[None], q[None], keys[None], values[None], o[None], lse[None], 0.0, False, attn_mask=mask
-        )
-        return ungroup_heads(dq[0], n), dk[0], dv[0]
+    backward = _flash_backward if q.device.type == "cpu" else _math_backward
+    dq, dk, dv = backward(do, q, keys, values, o, lse_HN.reshape(g, -1), mask)
+    return ungroup_heads(dq, n), dk, dv
+
+
+def _flash_backward(
+    do: Tensor, q: Tensor, keys: Tensor, values: Tensor, o: Tensor, lse: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's blocked kernel for CPUs. `do`, `q`, `o` [G, rows, E], `lse` [G, rows]."""
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do[None], q[None], keys[None], values[None], o[None], lse[None], 0.0, False, attn_mask=mask
+    )
+    return dq[0], dk[0], dv[0]
+
+
+def _math_backward(
+    do: Tensor, q: Tensor, keys: Tensor, values: Tensor, o: Tensor, lse: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by whole matrices, on any device."""
     wide = accumulation_dtype(q.dtype)
-    scale = 1 / math.sqrt(e)
+    scale = 1 / math.sqrt(q.shape[-1])
     probs = torch.exp(torch.bmm(q, keys.transpose(1, 2)).to(wide) * scale + mask - lse[..., None])
     dp = torch.bmm(do, values.transpose(1, 2)).to(wide)
     row = (do.to(wide) * o.to(wide)).sum(-1, keepdim=True)
     ds = (probs * (dp - row) * scale).to(q.dtype)
     dv = torch.bmm(probs.to(q.dtype).transpose(1, 2), do)
-    return ungroup_heads(torch.bmm(ds, keys), n), torch.bmm(ds.transpose(1, 2), q), dv
+    return torch.bmm(ds, keys), torch.bmm(ds.transpose(1, 2), q), dv
