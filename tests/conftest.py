@@ -125,10 +125,12 @@ def object_store(settings: Settings) -> ObjectStore:
 
 
 @pytest.fixture
-async def engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
+async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
+    """Needs no model, so that tests of the database alone start at once."""
+    from shared.config import Settings
     from shared.db import make_engine
 
-    engine = make_engine(settings)
+    engine = make_engine(Settings(database_url=database_url))
     yield engine
     await engine.dispose()
 

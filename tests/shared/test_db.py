@@ -15,15 +15,15 @@ from shared.models import Base, FtJob, Tenant
 from tests.records import make_file, make_job, make_queued_job, make_tenant, publish_job
 
 
-def test_migrated_schema_equals_the_models(settings: Settings) -> None:
-    engine = create_engine(settings.database_url)
+def test_migrated_schema_equals_the_models(database_url: str) -> None:
+    engine = create_engine(database_url)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
     engine.dispose()
 
 
-def test_migrating_again_changes_nothing(settings: Settings) -> None:
-    upgrade(settings)
+def test_migrating_again_changes_nothing(database_url: str) -> None:
+    upgrade(Settings(database_url=database_url))
 
 
 async def test_a_tenant_transaction_sees_its_own_rows_only(session_factory: SessionFactory) -> None:
@@ -54,8 +54,8 @@ async def test_the_database_itself_keeps_tenants_apart(session_factory: SessionF
             await make_file(session, tenant)
 
 
-def test_a_connection_that_names_no_tenant_sees_nothing(settings: Settings) -> None:
-    engine = create_engine(settings.database_url)
+def test_a_connection_that_names_no_tenant_sees_nothing(database_url: str) -> None:
+    engine = create_engine(database_url)
     with engine.begin() as connection:
         connection.execute(text("SELECT set_config('app.tenant', '*', true)"))
         connection.execute(text("INSERT INTO tenant (id, name, slug) VALUES ('a', 'A', 'a')"))
