@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 SERVICES = ("api", "gpu_worker", "adapter_store")
@@ -115,3 +119,67 @@ def test_nothing_that_executes_data_is_imported() -> None:
     forbidden = ("pickle", "marshal", "shelve", "dill", "cloudpickle")
     paths = modules("shared", "services", "migrations")
     assert offences(paths, lambda name: starts(name, *forbidden)) == []
+
+
+def installed_by(extra: str) -> set[str]:
+    """Normal names of the distributions that `flexllm-coserving[extra]` brings, those they need included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"][extra]]
+    found: set[str] = set()
+    for text in wanted:  # grows while it is walked
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        if name == project["name"]:
+            wanted.extend(
+                line for part in requirement.extras for line in project["optional-dependencies"][part]
+            )
+        elif name not in found:
+            found.add(name)
+            wanted.extend(requirements_of(name, requirement.extras))
+    return found
+
+
+def requirements_of(name: str, extras: set[str]) -> Iterator[str]:
+    for text in metadata.requires(name) or ():
+        marker = Requirement(text).marker
+        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            yield text.partition(";")[0]
+
+
+def imported_by(service: str) -> set[str]:
+    """Third-party packages that the service imports, by itself or through `shared`."""
+    seen: set[Path] = set()
+    waiting = modules(f"services.{service}")
+    packages: set[str] = set()
+    for path in waiting:  # grows while it is walked
+        if path in seen:
+            continue
+        seen.add(path)
+        for name in imports(path):
+            if is_third_party(name):
+                packages.add(name.split(".")[0])
+            elif starts(name, "shared"):
+                waiting.extend(files_of(name))
+    return packages
+
+
+def files_of(name: str) -> list[Path]:
+    """The files that `import name` runs; `name` may end in something that a module defines."""
+    parts = name.split(".")
+    tries = [Path(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+    found = [path for base in tries for path in (base.with_suffix(".py"), base / "__init__.py")]
+    return [path for path in found if (ROOT / path).is_file()]
+
+
+@pytest.mark.parametrize(
+    ("service", "extra"), [("api", "api"), ("adapter_store", "store"), ("gpu_worker", "worker")]
+)
+def test_an_image_installs_what_its_service_imports(service: str, extra: str) -> None:
+    owners = metadata.packages_distributions()
+    installed = installed_by(extra)
+    missing = [
+        package
+        for package in sorted(imported_by(service))
+        if not installed & {canonicalize_name(owner) for owner in owners.get(package, [package])}
+    ]
+    assert missing == [], f"not in the extra {extra!r} of pyproject.toml"
