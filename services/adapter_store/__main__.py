@@ -6,9 +6,11 @@ import uvicorn
 
 from services.adapter_store.main import create_app
 from shared.config import Settings
+from shared.telemetry import configure_logs
 
 
 def main() -> None:
+    configure_logs()
     settings = Settings()
     uvicorn.run(
         create_app(settings),

@@ -22,6 +22,7 @@ from shared.messages import WorkerStatus
 from shared.model_folder import describe_model
 from shared.queue import FinetuneQueue, InferenceWorkerQueue, open_redis
 from shared.storage import ObjectStore
+from shared.telemetry import configure_logs
 
 log = structlog.get_logger()
 TAKE_S = 0.02  # while the engine is busy, new requests are looked for this often
@@ -174,6 +175,7 @@ def engine_config(settings: Settings) -> EngineConfig:
 
 
 def main() -> None:
+    configure_logs()
     worker = Worker(Settings())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, worker.stop)

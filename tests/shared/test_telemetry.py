@@ -1,0 +1,34 @@
+"""What stands in the logs, and what may not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import structlog
+
+from shared.telemetry import configure_logs
+
+
+def fail_with(prompt: str) -> None:
+    words = prompt.split()
+    raise ValueError(f"{len(words)} words are too many")
+
+
+def test_a_traceback_shows_the_place_but_no_variables(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs()
+    try:
+        fail_with("my private prompt")
+    except ValueError:
+        structlog.get_logger().exception("request_failed", request_id="req_1")
+    line = json.loads(capsys.readouterr().err)
+    assert (line["event"], line["level"], line["request_id"]) == ("request_failed", "error", "req_1")
+    assert "in fail_with" in line["exception"]
+    assert "3 words are too many" in line["exception"]
+    assert "private" not in line["exception"]
+
+
+def test_a_line_break_in_a_value_does_not_begin_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs()
+    structlog.get_logger().info("named", name='a\n{"event": "forged"}\r')
+    assert len(capsys.readouterr().err.splitlines()) == 1
