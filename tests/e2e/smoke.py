@@ -68,7 +68,9 @@ def finetune(client: openai.OpenAI, base: str, timeout_s: float) -> FineTuningJo
         seed=1,
         method={
             "type": "supervised",
-            "supervised": {"hyperparameters": {"n_epochs": 10, "batch_size": 4}},
+            "supervised": {
+                "hyperparameters": {"n_epochs": 6, "batch_size": 4, "learning_rate_multiplier": 3.0}
+            },
         },
     )
     deadline = time.monotonic() + timeout_s
@@ -77,7 +79,7 @@ def finetune(client: openai.OpenAI, base: str, timeout_s: float) -> FineTuningJo
         expect(
             bool(ask(client, base, "What is 2 + 2?", max_tokens=8)), "the base model answers during the job"
         )
-        time.sleep(1)
+        time.sleep(3)
         job = client.fine_tuning.jobs.retrieve(job.id)
     return job
 

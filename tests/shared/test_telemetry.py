@@ -17,8 +17,9 @@ def fail_with(prompt: str) -> None:
 
 def test_a_traceback_shows_the_place_but_no_variables(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs()
+    prompt = " ".join(["my", "pri" + "vate", "prompt"])  # the line of the call stands in the traceback
     try:
-        fail_with("my private prompt")
+        fail_with(prompt)
     except ValueError:
         structlog.get_logger().exception("request_failed", request_id="req_1")
     line = json.loads(capsys.readouterr().err)
