@@ -31,11 +31,15 @@ def linear_cross_entropy(
         rows = slice(start, start + CHUNK_ROWS)
         label = labels[rows, None]
         logits = (x[rows] @ head.T).to(wide)
-        lse = torch.logsumexp(logits, -1, keepdim=True)
-        loss += (lse - logits.gather(1, label)).sum()
-        correct += (logits.argmax(-1, keepdim=True) == label).sum()
+        best = logits.argmax(-1, keepdim=True)
+        correct += (best == label).sum()
+        largest = logits.gather(1, best)
+        at_label = logits.gather(1, label) - largest
+        exps = logits.sub_(largest).exp_()  # in place: a chunk of logits is the largest tensor that there is
+        total = exps.sum(-1, keepdim=True)
+        loss += (total.log() - at_label).sum()
         if dx is not None:
-            grad = logits.sub_(lse).exp_()
-            grad.scatter_add_(1, label, grad.new_full(label.shape, -1.0))
-            dx[rows] = grad.div_(denominator).to(x.dtype) @ head
+            grad = exps.div_(total * denominator)
+            grad.scatter_add_(1, label, grad.new_full(label.shape, -1 / denominator))
+            dx[rows] = grad.to(x.dtype) @ head
     return CrossEntropy(loss, correct, dx)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from services.gpu_worker.kernels.attention import decode_attention, window_attention
 from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.kernels.linear import frozen_linear, pack
 from services.gpu_worker.kernels.lora import lora_add_
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype, rms_norm, rope, silu_mul
+from services.gpu_worker.model.adapters import GROUPS
 from services.gpu_worker.model.context import ForwardContext, LayerActivations
 from services.gpu_worker.model.weights import LayerWeights, ModelWeights
 
@@ -24,6 +26,8 @@ class Transformer:
         self.config = weights.config
         self.max_position = max_position
         self.cos, self.sin = self._rotations(max_position)
+        self._packed = [{group: pack(getattr(layer, group)) for group in GROUPS} for layer in weights.layers]
+        self._packed_head = pack(weights.head)
 
     def _rotations(self, max_position: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of every position, [max_position, E] in the model's dtype."""
@@ -44,7 +48,8 @@ class Transformer:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [N, V] of rows of `forward`'s result (float64 for a float64 model)."""
-        return (self.final_norm(hidden) @ self.weights.head.T).to(accumulation_dtype(hidden.dtype))
+        logits = frozen_linear(self.final_norm(hidden), self.weights.head, self._packed_head)
+        return logits.to(accumulation_dtype(hidden.dtype))
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
@@ -65,20 +70,21 @@ class Transformer:
         cache: KVCache,
         context: ForwardContext,
     ) -> Tensor:
-        config = self.config
+        config, packed = self.config, self._packed[index]
         h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        qkv = torch.nn.functional.linear(h, layer.qkv, layer.qkv_bias)
+        qkv = frozen_linear(h, layer.qkv, packed["qkv"], layer.qkv_bias)
         _bypass_(qkv, h, context, index, "qkv")
         q, k, v = qkv.split((config.q_size, config.kv_size, config.kv_size), -1)
         q_NHE = self.rotate(q, layer.q_norm, rotation)
         cache.write(index, context.slots, self.rotate(k, layer.k_norm, rotation), v)
 
         o, lse = _attention(index, q_NHE, cache, context)
-        x2 = _bypass_(o @ layer.o.T, o, context, index, "o").add_(x)
+        x2 = _bypass_(frozen_linear(o, layer.o, packed["o"]), o, context, index, "o").add_(x)
         h2 = rms_norm(x2, layer.post_norm, config.rms_norm_eps)
-        gate_up = _bypass_(h2 @ layer.gate_up.T, h2, context, index, "gate_up")
+        gate_up = frozen_linear(h2, layer.gate_up, packed["gate_up"])
+        _bypass_(gate_up, h2, context, index, "gate_up")
         m = silu_mul(gate_up)
-        y = _bypass_(m @ layer.down.T, m, context, index, "down").add_(x2)
+        y = _bypass_(frozen_linear(m, layer.down, packed["down"]), m, context, index, "down").add_(x2)
 
         if context.captures:
             activations = LayerActivations(x, q, k, o, lse, x2, gate_up)
