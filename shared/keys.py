@@ -52,7 +52,9 @@ def hash_key(pepper: SecretStr, key: str) -> str:
     return hmac.new(pepper.get_secret_value().encode(), key.encode(), hashlib.sha256).hexdigest()
 
 
-async def create_tenant(session: AsyncSession, name: str, slug: str, *, weight: float = 1.0) -> Tenant:
+async def create_tenant(
+    session: AsyncSession, name: str, slug: str, *, weight: float = 1.0, actor: str = "system"
+) -> Tenant:
     """`slug` is the organisation in model names and stays for ever."""
     if SLUG.fullmatch(slug) is None:
         raise InvalidRequestError(
@@ -63,7 +65,7 @@ async def create_tenant(session: AsyncSession, name: str, slug: str, *, weight: 
     tenant = Tenant(id=new_uuid(), name=name, slug=slug, weight=weight)
     session.add(tenant)
     await session.flush()
-    audit(session, tenant.id, "system", "tenant.create", tenant.id, slug=slug)
+    audit(session, tenant.id, actor, "tenant.create", tenant.id, slug=slug)
     return tenant
 
 

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 
 from services.adapter_store.main import create_app
 from shared.config import Settings
+from tests.adapter_store.console_client import Operator
 
 
 @pytest.fixture
@@ -31,3 +32,11 @@ def worker(client: httpx.AsyncClient, settings: Settings) -> httpx.AsyncClient:
     client.headers["authorization"] = f"Bearer {settings.internal_token.get_secret_value()}"
     client.headers["content-type"] = "application/json"
     return client
+
+
+@pytest.fixture
+async def operator(client: httpx.AsyncClient) -> Operator:
+    """Signed in to the console."""
+    operator = Operator(client)
+    await operator.sign_in()
+    return operator

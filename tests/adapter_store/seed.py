@@ -20,7 +20,7 @@ from shared import job_leases
 from shared.db import SessionFactory
 from shared.ids import new_id
 from shared.job_state import add_event, enqueue, lock_job
-from shared.jobs import NewJob, create_job, request_cancel, request_pause
+from shared.jobs import NewJob, create_job, request_cancel
 from shared.keys import create_key, create_tenant, revoke_key
 from shared.messages import (
     BeatRequest,
@@ -44,11 +44,16 @@ WORKER = "gpu-worker-7c1e"
 LEASE_S = 300.0
 DATED = {  # table -> (column that names the row, columns to move back)
     "ft_job": ("id", ("created_at", "queued_at", "started_at", "finished_at", "updated_at")),
-    "ft_event": ("job_id", ("created_at",)),
-    "ft_metric": ("job_id", ("created_at",)),
-    "checkpoint": ("job_id", ("created_at",)),
     "adapter_version": ("source_job", ("created_at",)),
 }
+
+
+SPREAD = """
+UPDATE {table} SET created_at = clock_timestamp() - :back + :took * part.part FROM (
+    SELECT id, (row_number() OVER (ORDER BY seq) - 1.0) / count(*) OVER () AS part
+    FROM {table} WHERE job_id = :job
+) AS part WHERE part.id = {table}.id
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +172,9 @@ async def train(factory: SessionFactory, lease: JobLease, story: Story, from_ste
         await beat(factory, lease, story, metrics[part : part + 100])
     for step in range(story.steps // 4, last + 1, max(1, story.steps // 4)):
         async with factory.begin() as session:
-            commit = make_checkpoint(lease.fence, step, metrics=next(measure(story, step, step)))
+            manifest = hashlib.sha256(f"{lease.job_id}{step}".encode()).hexdigest()
+            metrics_then = next(measure(story, step, step))
+            commit = make_checkpoint(lease.fence, step, metrics=metrics_then, manifest_sha256=manifest)
             await job_leases.commit_checkpoint(session, lease.job_id, commit)
 
 
@@ -220,9 +227,13 @@ async def back_date(factory: SessionFactory, job_id: str, story: Story) -> None:
             await session.execute(
                 text(f"UPDATE {table} SET {moved} WHERE {key} = :job"), {"back": back, "job": job_id}
             )
+        took = min(back, timedelta(minutes=story.minutes))
+        about = {"back": back, "took": took, "job": job_id}
+        for table in ("ft_event", "checkpoint"):
+            await session.execute(text(SPREAD.format(table=table)), about)
         await session.execute(
             text("UPDATE ft_job SET finished_at = finished_at + :took WHERE id = :job"),
-            {"took": timedelta(minutes=story.minutes), "job": job_id},
+            {"took": took, "job": job_id},
         )
         await session.execute(
             text("UPDATE audit_log SET created_at = created_at - :back WHERE actor = :actor"),
@@ -241,11 +252,16 @@ async def finish_job(factory: SessionFactory, tenant_id: str, story: Story) -> P
     return reply
 
 
-async def run_job(factory: SessionFactory, tenant_id: str, story: Story) -> JobLease:
-    """A job that is in training now."""
+async def run_job(
+    factory: SessionFactory, tenant_id: str, story: Story, ending: EndJob | None = None
+) -> JobLease:
+    """A job that is in training now, or that its worker gave up."""
     job_id = await start_job(factory, tenant_id, story)
     lease = await claim_job(factory, job_id)
     await train(factory, lease, story)
+    if ending is not None:
+        async with factory.begin() as session:
+            await job_leases.end(session, job_id, ending)
     await back_date(factory, job_id, story)
     return lease
 
@@ -285,7 +301,7 @@ async def seed(factory: SessionFactory, pepper: str, scale: float = 1.0) -> Seed
     done = [
         story("support-bot", "acme", 300, hours_ago=412, spec=small, floor=1.16, examples=1210),
         story("contract-clauses", "northwind", 240, hours_ago=261, spec=wide, floor=1.02),
-        story("support-bot", "acme", 420, hours_ago=172, floor=0.98, examples=1890),
+        story("support-bot", "acme", 420, hours_ago=172, floor=0.98, examples=1890, promote=True),
         story("triage-notes", "orchid", 360, hours_ago=95, spec=deep, floor=0.84, examples=4096),
         story("sql-writer", "northwind", 500, hours_ago=50, floor=0.62, examples=7420),
         story("support-bot", "acme", 480, hours_ago=26, floor=0.86, examples=2140, promote=True),
@@ -329,17 +345,16 @@ async def add_unfinished(factory: SessionFactory, tenants: dict[str, str], story
     """Jobs that failed, were cancelled, or wait for a word."""
     assert callable(story)
     failing = story("intent-router", "northwind", 300, until=0.3, hours_ago=70, minutes=9, floor=1.4)
-    lease = await run_job(factory, tenants["northwind"], failing)
     words = "The loss was not finite at step 91 and at both earlier checkpoints; lower the learning rate."
+    diverged = EndJob(fence=1, outcome="failed", code="training_diverged", message=words)
+    await run_job(factory, tenants["northwind"], failing, diverged)
+    dropped = story("icd-codes", "orchid", 300, hours_ago=30, minutes=2)
+    job_id = await start_job(factory, tenants["orchid"], dropped)
     async with factory.begin() as session:
-        request = EndJob(fence=lease.fence, outcome="failed", code="training_diverged", message=words)
-        await job_leases.end(session, lease.job_id, request)
-    stopped = await start_job(factory, tenants["orchid"], story("icd-codes", "orchid", 300, hours_ago=30))
-    async with factory.begin() as session:
-        await request_cancel(session, tenants["orchid"], stopped)
-    paused = await start_job(factory, tenants["orchid"], story("rx-summaries", "orchid", 520, hours_ago=9))
-    async with factory.begin() as session:
-        await request_pause(session, tenants["orchid"], paused)
+        await request_cancel(session, tenants["orchid"], job_id)
+    await back_date(factory, job_id, dropped)
+    resting = story("rx-summaries", "orchid", 520, until=0.45, hours_ago=9)
+    await run_job(factory, tenants["orchid"], resting, EndJob(fence=1, outcome="paused"))
 
 
 async def serve_adapters(factory: SessionFactory, tenants: dict[str, str]) -> str:
@@ -360,4 +375,6 @@ async def serve_adapters(factory: SessionFactory, tenants: dict[str, str]) -> st
             session, adapter, "live", versions[3], actor="admin", canary=versions[4], canary_percent=10
         )
         await retire_version(session, adapter, versions[1], actor="admin", drop_aliases=True)
+        for table in ("adapter", "tenant", "api_key"):
+            await session.execute(text(f"UPDATE {table} SET created_at = created_at - interval '18 days'"))
         return adapter.id

@@ -23,7 +23,7 @@ ACTOR = "admin"  # in the audit log
 
 @dataclass(frozen=True, slots=True)
 class Console:
-    """`shown_once` holds a new key between its post and the page that shows it, by session."""
+    """`shown_once` holds a new key between its post and the page that shows it, by session and tenant."""
 
     settings: Settings
     factory: SessionFactory
@@ -31,7 +31,7 @@ class Console:
     gate: Gate
     throttle: Throttle
     pages: Pages
-    shown_once: dict[str, str]
+    shown_once: dict[tuple[str, str], str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from shared.config import Settings
 from shared.db import SessionFactory
 from shared.errors import ServiceError
 
+VIEWS = (sign_in, overview, jobs, adapters, tenants)
 log = structlog.get_logger()
 
 
@@ -41,7 +42,7 @@ def make_admin(settings: Settings, factory: SessionFactory, queue: redis.asyncio
         pages=Pages(gate, settings.model_id),
         shown_once={},
     )
-    for view in (sign_in, overview, jobs, adapters, tenants):
+    for view in VIEWS:
         app.include_router(view.router)
     app.mount(STATIC, StaticFiles(directory=STATIC_DIR))
     app.add_exception_handler(ServiceError, on_refusal)  # type: ignore[arg-type]

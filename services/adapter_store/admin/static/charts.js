@@ -3,6 +3,7 @@
 
 const POLL_MS = 2000;
 const KEPT_S = 600; // of throughput
+const SHOWN_S = 60; // at least
 const style = getComputedStyle(document.documentElement);
 const color = (name) => style.getPropertyValue(`--${name}`).trim();
 const soft = (name, percent) => `color-mix(in srgb, ${color(name)} ${percent}%, transparent)`;
@@ -17,9 +18,10 @@ function compact(value) {
   return value.toExponential(2).replace("e-", "e−");
 }
 
+const clock = (_, values) => values.map((at) => new Date(at * 1000).toLocaleTimeString([], { hour12: false }));
 const ticks = (_, values) => values.map((value) => {
   const text = compact(value);
-  return text.includes("e") ? value.toExponential(0).replace("e-", "e−") : text;
+  return text.includes("e") ? value.toExponential(1).replace(".0", "").replace("e-", "e−") : text;
 });
 
 function axis(more) {
@@ -36,18 +38,26 @@ function line(name, more) {
   return { stroke: () => color(name), width: 1.8, points: { show: false }, spanGaps: true, ...more };
 }
 
+const dots = (name) => ({ points: { show: true, size: 6, width: 1.6, stroke: () => color(name), fill: () => color("panel") } });
+
 // A chart that fills its element, follows its width and the colour scheme, and says when it has no data.
 class Chart {
-  constructor(element, series, { sync, time = false, describe, bottom = null, empty = "No step yet" } = {}) {
+  constructor(element, series, { sync, time = false, outputs = [], step = null, bottom = null, empty = "No step yet" } = {}) {
     this.element = element;
-    this.describe = describe;
+    this.outputs = outputs; // [column, where to write its value, how]
+    this.step = step; // where to write the step under the cursor
     this.note = Object.assign(document.createElement("div"), { className: "chart-empty", textContent: empty });
     element.append(this.note);
+    element.classList.add("chart-is-empty");
     this.data = [[], ...series.map(() => [])];
     this.plot = new uPlot({
       ...this.size(),
-      scales: { x: { time }, y: { range: (_, low, high) => Chart.range(low, high, bottom) } },
-      axes: [axis({ size: 26, gap: 4, space: 70, ...(time ? {} : { values: ticks }) }), axis({ size: 52, gap: 6, space: 34, values: ticks })],
+      scales: { x: { time, ...(time ? { range: Chart.window } : {}) }, y: { range: (_, low, high) => Chart.range(low, high, bottom) } },
+      axes: [
+        axis({ size: 24, gap: 4, space: time ? 90 : 70, values: time ? clock : ticks }),
+        axis({ size: 46, gap: 6, space: element.clientHeight > 180 ? 34 : 22, values: ticks }),
+      ],
+      padding: [8, 10, 0, 0],
       series: [{}, ...series],
       legend: { show: false },
       cursor: { y: false, points: { size: 6 }, ...(sync ? { sync: { key: sync } } : {}) },
@@ -63,6 +73,11 @@ class Chart {
     return [bottom ?? low - pad, high + pad];
   }
 
+  // Not narrower than a minute, so that two points do not look like a history.
+  static window(_, first, last) {
+    return last == null ? [0, SHOWN_S] : [Math.min(first, last - SHOWN_S), last];
+  }
+
   size() {
     const box = getComputedStyle(this.element);
     const inner = (total, ...sides) => total - sides.reduce((sum, side) => sum + parseFloat(box[side]), 0);
@@ -74,20 +89,21 @@ class Chart {
 
   show(data) {
     this.data = data;
-    this.note.hidden = data.slice(1).some((values) => values.some((value) => value != null));
+    const isEmpty = !data.slice(1).some((values) => values.some((value) => value != null));
+    this.element.classList.toggle("chart-is-empty", isEmpty);
     this.plot.setData(data);
     this.report();
   }
 
-  // Under the cursor, else the newest.
+  // The newest, or the newest at the cursor.
   report() {
-    if (!this.describe || !this.plot) return;
+    if (!this.plot) return;
     const under = this.plot.cursor.idx;
-    this.describe((column) => {
-      const values = this.data[column];
-      if (under != null) return values[under];
-      return values.findLast((value) => value != null);
-    }, under == null ? null : this.data[0][under]);
+    for (const [column, output, words] of this.outputs) {
+      const values = under == null ? this.data[column] : this.data[column].slice(0, under + 1);
+      output.textContent = words(values.findLast((value) => value != null));
+    }
+    if (this.step) this.step.textContent = under == null ? "" : `step ${this.data[0][under]}`;
   }
 }
 
@@ -140,28 +156,21 @@ const every = (work) => {
 
 function jobCharts(root) {
   const curves = new Curves(root.dataset.curves);
-  const box = (name) => root.querySelector(`[data-chart="${name}"]`);
-  const now = (name) => root.querySelector(`[data-now="${name}"]`);
-  const dots = { points: { show: true, size: 5 } };
-  const make = (name, series, options) => new Chart(box(name), series, { sync: "job", ...options });
-  const pair = (raw, mean, validation, digits) => (at, step) => {
-    const text = (value) => (value == null ? "–" : value.toFixed(digits));
-    const parts = [text(at(step == null ? mean : raw)), text(at(validation))];
-    return (step == null ? "" : `step ${step}: `) + parts.join(" · ");
-  };
-  const both = [line("training", { stroke: () => soft("training", 30), width: 1 }), line("training"), line("inference", dots)];
-  const single = (name) => {
-    const output = now(name);
-    const describe = (at, step) => { output.textContent = (step == null ? "" : `step ${step}: `) + compact(at(1)); };
-    return make(name, [line("muted", { width: 1.4, stroke: () => soft("text", 65) })], { describe });
-  };
-  const paired = (name, digits) => {
-    const output = now(name);
-    const words = pair(1, 2, 3, digits);
-    return make(name, both, { describe: (at, step) => { output.textContent = words(at, step); } });
-  };
-  const loss = paired("loss", 3);
-  const accuracy = paired("accuracy", 3);
+  const at = (attribute, name) => root.querySelector(`[data-${attribute}="${name}"]`);
+  const make = (name, series, outputs) => new Chart(at("chart", name), series, { sync: "job", outputs, step: at("step", name) });
+  const fixed = (value) => (value == null ? "–" : value.toFixed(3));
+  const paired = (name) => make(
+    name,
+    [line("training", { stroke: () => soft("training", 30), width: 1 }), line("training"), line("inference", dots("inference"))],
+    [[1, at("value", `${name} training`), fixed], [3, at("value", `${name} validation`), fixed]],
+  );
+  const single = (name) => make(
+    name,
+    [line("text", { width: 1.3, stroke: () => soft("text", 60) })],
+    [[1, at("value", name), compact]],
+  );
+  const loss = paired("loss");
+  const accuracy = paired("accuracy");
   const singles = ["learning_rate", "grad_norm", "tokens_per_s"].map((name) => [name, single(name)]);
 
   every(async () => {
@@ -176,21 +185,26 @@ function jobCharts(root) {
   });
 }
 
-function versusChart(element) {
-  const { left, right, leftName, rightName } = element.dataset;
-  const dots = { points: { show: true, size: 5 } };
-  const chart = new Chart(element, [line("inference", { ...dots, label: leftName }), line("training", { ...dots, label: rightName })], { empty: "Trained without a validation file" });
-  const both = [new Curves(left), new Curves(right)];
-  const points = (columns) => [columns.step, columns.valid_loss];
+function versusCharts(root) {
+  const both = [new Curves(root.dataset.left), new Curves(root.dataset.right)];
+  const make = (name, more, empty) => new Chart(
+    root.querySelector(`[data-chart="${name}"]`),
+    ["inference", "training"].map((each) => line(each, more(each))),
+    { sync: "versus", empty },
+  );
+  const valid = make("valid_loss", dots, "Trained without a validation file");
+  const train = make("train_loss", () => ({ width: 1.4 }), "No step was reported");
   Promise.all(both.map((curves) => curves.fetch())).then(() => {
-    chart.show(uPlot.join(both.map((curves) => points(curves.columns()))));
-  }).catch(() => { chart.note.textContent = "The curves cannot be read now"; });
+    const columns = both.map((curves) => curves.columns());
+    valid.show(uPlot.join(columns.map((column) => [column.step, column.valid_loss])));
+    train.show(uPlot.join(columns.map((column) => [column.step, smooth(column.train_loss, 0.1)])));
+  }).catch(() => { valid.note.textContent = "The curves cannot be read now"; });
 }
 
 // Kept over page loads, so that a look at a job does not empty the chart.
 function throughputChart(element) {
   const kept = "flexllm-throughput";
-  const fill = (name) => ({ fill: () => soft(name, 12) });
+  const fill = (name) => ({ fill: () => soft(name, 9) });
   const chart = new Chart(element, [line("inference", fill("inference")), line("training", fill("training"))], {
     time: true, bottom: 0, empty: "Collecting",
   });
@@ -216,6 +230,6 @@ function throughputChart(element) {
 document.addEventListener("DOMContentLoaded", () => {
   const found = (selector, build) => { const element = document.querySelector(selector); if (element) build(element); };
   found("[data-curves]", jobCharts);
-  found("#versus", versusChart);
+  found("#versus", versusCharts);
   found("[data-fleet]", throughputChart);
 });

@@ -61,6 +61,8 @@ async def login(
 @router.post("/logout")
 async def logout(page: Render, console: Desk) -> RedirectResponse:
     console.gate.end(page.session)
+    for owner in [owner for owner in console.shown_once if owner[0] == page.session.id]:
+        del console.shown_once[owner]
     response = page.done(LOGIN, "You are signed out.")
     response.delete_cookie(COOKIE, path=cookie_path(page.request))
     return response

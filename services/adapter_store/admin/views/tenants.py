@@ -30,7 +30,7 @@ async def new_tenant(
     slug: Annotated[str, Form(max_length=39)],
     weight: Annotated[float, Form(gt=0, le=1000, allow_inf_nan=False)] = 1.0,
 ) -> RedirectResponse:
-    tenant = await create_tenant(db, name.strip(), slug, weight=weight)
+    tenant = await create_tenant(db, name.strip(), slug, weight=weight, actor=ACTOR)
     return page.done(f"/tenants/{tenant.slug}", f"{tenant.name} is here. Make its first key below.")
 
 
@@ -44,7 +44,7 @@ async def tenant_detail(page: Render, console: Desk, db: Database, org: str) -> 
         keys=await list_keys(db, tenant.id),
         usage=await repository.sum_usage(db, tenant.id),
         scopes=SCOPES,
-        new_key=console.shown_once.pop(page.session.id, None),
+        new_key=console.shown_once.pop((page.session.id, org), None),
     )
 
 
@@ -69,7 +69,7 @@ async def new_key(
         expires_after=timedelta(days=days) if days else None,
         actor=ACTOR,
     )
-    console.shown_once[page.session.id] = key
+    console.shown_once[page.session.id, org] = key
     return page.done(f"/tenants/{org}", f"The key {name.strip()} is made.")
 
 
