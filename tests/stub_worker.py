@@ -45,6 +45,8 @@ class StubWorker:
     slots: int = 4
     tokens_per_step: int = 1
     step_s: float = 0.0
+    fail_with: str | None = None  # each request ends with this error ...
+    fail_after: int = 0  # ... after so many tokens
     running: dict[str, Running] = field(default_factory=dict)
     results: list[str] = field(default_factory=list)
 
@@ -67,24 +69,27 @@ class StubWorker:
         return claims
 
     def emit(self) -> None:
-        batch = list(self.running.values())
+        batch = [(item, self.emission(item)) for item in self.running.values()]
         if not batch:
             return
-        for item, result in zip(batch, self.queue.emit([self.emission(r) for r in batch]), strict=True):
+        results = self.queue.emit([emission for _, emission in batch])
+        for (item, emission), result in zip(batch, results, strict=True):
             self.results.append(result)
-            self.settle(item, result)
+            self.settle(item, emission, result)
 
-    def settle(self, item: Running, result: str) -> None:
+    def settle(self, item: Running, emission: Emission, result: str) -> None:
         if result.startswith("behind:"):
             item.num_emitted = int(result.removeprefix("behind:"))
             return
-        item.num_emitted = min(item.num_emitted + self.tokens_per_step, len(item.answer))
+        item.num_emitted += len(emission.tokens)
         item.sent_meta = True
-        if result != "ok" or item.num_emitted >= len(item.answer):
+        if result != "ok" or emission.finish:
             self.running.pop(item.claimed.request_id, None)
 
     def emission(self, item: Running) -> Emission:
         start = item.num_emitted
+        if self.fail_with is not None and start >= self.fail_after:
+            return Emission(item.claimed, start, finish="error", error=self.fail_with)
         tokens = item.answer[start : start + self.tokens_per_step]
         is_last = start + len(tokens) >= len(item.answer)
         sampling = item.claimed.request.sampling

@@ -12,16 +12,20 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.api.errors import PayloadTooLargeError, UnsupportedMediaTypeError
+from services.api.errors import PayloadTooLargeError, UnsupportedMediaTypeError, error_response
 from shared.errors import InvalidRequestError, LimitExceededError
 
+MAX_HEADER_BYTES = 32 << 10
 MAX_JSON_BYTES = 4 << 20
 MAX_JSON_DEPTH = 64
 CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
-class RequestId:
-    """ASGI: every response carries `x-request-id`, the client's own where it sent a usable one."""
+class Door:
+    """ASGI: an id for every request, the client's own where it sent a usable one, and one meaning for each.
+
+    A body framed in two ways is refused: a proxy in front may have read another request than we would.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -38,7 +42,20 @@ class RequestId:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        if (problem := header_problem(scope["headers"])) is not None:
+            refusal = error_response(InvalidRequestError(problem))
+            refusal.headers["connection"] = "close"
+            return await refusal(scope, receive, send_with_id)
         await self._app(scope, receive, send_with_id)
+
+
+def header_problem(headers: list[tuple[bytes, bytes]]) -> str | None:
+    names = {name for name, _ in headers}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        return "Both content-length and transfer-encoding were sent."
+    if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+        return f"The headers have more than {MAX_HEADER_BYTES} bytes."
+    return None
 
 
 async def read_json(request: Request) -> Any:

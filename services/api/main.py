@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from services.api import errors
 from services.api.adapters import ModelResolver
 from services.api.auth import Authentication, KeyCache
-from services.api.limits import ConcurrencyLimit, RequestId
+from services.api.limits import ConcurrencyLimit, Door
 from services.api.metrics import Metrics, Observation
 from services.api.model import BaseModel
 from services.api.routes import chat, completions, files, fine_tuning, health, models
@@ -78,5 +78,5 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(part.router)
     app.add_middleware(Authentication, keys=KeyCache(sessions, settings.key_pepper))
     app.add_middleware(Observation, metrics=metrics)
-    app.add_middleware(RequestId)  # the last added is the outermost
+    app.add_middleware(Door)  # the last added is the outermost
     return app

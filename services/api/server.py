@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Literal
+from typing import ClassVar, Literal
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from services.api.limits import MAX_HEADER_BYTES
 from services.api.main import create_app
 from shared.config import Settings
 
-HEADERS_S = 10.0  # from the first byte, or the connection, to the end of the headers
-BODY_S = 60.0
-UPLOAD_S = 600.0
 UPLOAD_PATH = "/v1/files"
 KEEP_ALIVE_S = 15
 GRACE_S = 30  # for running requests at the end
-MAX_HEADER_BYTES = 32 << 10
-MAX_CONNECTIONS = 6000
 Phase = Literal["headers", "body"]
 
 
 class DeadlineProtocol(H11Protocol):
     """HTTP/1.1 with absolute deadlines: a client that dribbles holds no connection."""
 
+    headers_s: ClassVar[float] = 10.0  # from the connection, or the first byte of the next request
+    body_s: ClassVar[float] = 60.0
+    upload_s: ClassVar[float] = 600.0
+    max_connections: ClassVar[int] = 6000
+
     _timer: asyncio.TimerHandle | None = None
     _phase: Phase | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > self.max_connections:
             transport.abort()
         self._enter("headers")
 
@@ -66,8 +67,8 @@ class DeadlineProtocol(H11Protocol):
 
     def _limit_s(self, phase: Phase) -> float:
         if phase == "headers":
-            return HEADERS_S
-        return UPLOAD_S if self.scope["path"].startswith(UPLOAD_PATH) else BODY_S
+            return self.headers_s
+        return self.upload_s if self.scope["path"].startswith(UPLOAD_PATH) else self.body_s
 
 
 def make_config(settings: Settings) -> uvicorn.Config:

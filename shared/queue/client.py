@@ -220,8 +220,10 @@ class InferenceClient:
     async def _read_forever(self) -> None:
         while True:
             try:
+                if self._down_since is not None:
+                    await self._client.ping()
+                    self._down_since = None
                 await self._read_once()
-                self._down_since = None
             except (RedisError, OSError) as error:
                 self._note_outage(error)
                 await asyncio.sleep(RETRY_S)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.api.main import ROUTERS
-from tests.api.conftest import Api, ServerThread
+from tests.api.conftest import Api, ServerThread, free_port
 from tests.stub_worker import StubWorker
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -271,7 +271,7 @@ def test_without_a_worker_nobody_waits(idle_api: Api) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(api_settings, make_worker) -> None:
-    small = api_settings.model_copy(update={"max_queue_depth": 1, "api_port": api_settings.api_port + 1})
+    small = api_settings.model_copy(update={"max_queue_depth": 1, "api_port": free_port()})
     worker: StubWorker = make_worker()
     worker.beat()
     with ServerThread(small):
@@ -285,9 +285,7 @@ def test_a_full_queue_says_when_to_come_back(api_settings, make_worker) -> None:
 
 
 def test_one_tenant_cannot_take_more_than_its_share(api_settings, make_worker) -> None:
-    small = api_settings.model_copy(
-        update={"max_sequences_per_tenant": 2, "api_port": api_settings.api_port + 1}
-    )
+    small = api_settings.model_copy(update={"max_sequences_per_tenant": 2, "api_port": free_port()})
     worker: StubWorker = make_worker()
     with ServerThread(small), worker:
         api = Api(small, worker.answer.__self__.tokenizer)
