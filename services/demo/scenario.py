@@ -22,6 +22,7 @@ from shared.config import Settings
 DATA = Path(__file__).parent.parent.parent / "data" / "gsm8k"
 BASELINE_S = 20.0  # traffic alone
 ALONE_S = 20.0  # finetuning alone
+TOGETHER_S = 120.0  # both; then the job ends on its own
 QUESTIONS = 4
 ANSWER_TOKENS = 224
 JOB_TIMEOUT_S = 1200.0
@@ -139,12 +140,14 @@ async def scenario(settings: Settings, key: str, console: Console, out: Path) ->
             display.phase = "serving and finetuning"
             async with traffic.flowing():
                 with record.span("serving and finetuning"):
-                    job = await following
-                if job.status != "succeeded" or job.fine_tuned_model is None:
-                    raise DemoFailed(f"job {job.id} {job.status}: {job.error and job.error.message}")
-                display.phase = "serving the adapter"
-                first = await first_token_s(client, job.fine_tuned_model)
-                adapted = [await answer(client, job.fine_tuned_model, question) for question in asked]
+                    await asyncio.wait([following], timeout=TOGETHER_S)
+            display.phase = "finishing the job"
+            job = await following
+            if job.status != "succeeded" or job.fine_tuned_model is None:
+                raise DemoFailed(f"job {job.id} {job.status}: {job.error and job.error.message}")
+            display.phase = "serving the adapter"
+            first = await first_token_s(client, job.fine_tuned_model)
+            adapted = [await answer(client, job.fine_tuned_model, question) for question in asked]
         finally:
             for task in beside:
                 task.cancel()
