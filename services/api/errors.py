@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
 from shared.errors import InvalidRequestError, LimitExceededError, NotFoundError, ServiceError
-from shared.queue import QueueFull, QueueUnavailable
+from shared.queue import QueueFull, QueueUnavailable, RequestTooLarge
 
 log = structlog.get_logger()
 
@@ -130,6 +130,10 @@ def install(app: FastAPI) -> None:
         return error_response(
             InvalidRequestError("A text holds a character that cannot be stored, such as NUL.")
         )
+
+    @app.exception_handler(RequestTooLarge)
+    async def too_large(request: Request, error: RequestTooLarge) -> JSONResponse:
+        return error_response(ContextLengthError("The request is larger than the queue takes."))
 
     @app.exception_handler(QueueFull)
     @app.exception_handler(QueueUnavailable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -59,15 +60,18 @@ class Run:
             raise
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
+        bill: asyncio.Task[None] | None = None
         try:
             async for delta in self._generation.deltas():
                 self._first_at = self._first_at or time.monotonic()
                 yield delta
         finally:
             self._release()
-            # not awaited here: a client that has left cancels us, and the bill is due all the same
-            bill = self._state.background.spawn(self._state.usage.record(self._bill()))
-        await bill
+            if self._first_at is not None:
+                # not awaited here: a client that has left cancels us, and the bill is due all the same
+                bill = self._state.background.spawn(self._state.usage.record(self._bill()))
+        if bill is not None:
+            await bill
 
     def usage(self) -> dict[str, Any]:
         """As the API reports it: each prompt counts once."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
 from pydantic import SecretStr
 
 from services.api.errors import ContextLengthError
@@ -19,6 +20,7 @@ from shared.model_folder import describe_model, read_chat_template, read_json
 from shared.tokenizer import ChatTokenizer
 
 MIN_PROMPT_BYTES = 64 << 10
+DEFAULT_MAX_TOKENS = 16_384  # of a request that names no limit
 BYTES_PER_TOKEN = 16  # beyond this many for each token of context a text cannot fit
 
 
@@ -54,7 +56,7 @@ class BaseModel:
         return max(MIN_PROMPT_BYTES, BYTES_PER_TOKEN * self.max_model_len)
 
     async def encode_chat(self, messages: Sequence[Message], tools: Sequence[Message] | None) -> list[int]:
-        self.check_size(sum(len((message["content"] or "").encode()) for message in messages))
+        self.check_size(len(orjson.dumps([messages, tools])))
         try:
             return await asyncio.to_thread(self.tokenizer.encode_chat, messages, tools)
         except ChatTemplateError as error:
@@ -82,7 +84,7 @@ class BaseModel:
                 )
 
     def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
-        """How many tokens may follow the prompt. Raises ContextLengthError."""
+        """How many tokens may follow the prompt: as asked, else what is left. Raises ContextLengthError."""
         left = self.max_model_len - num_prompt_tokens
         if left < (1 if asked is None else asked):
             wanted = "" if asked is None else f" and {asked} for the completion"
@@ -90,7 +92,7 @@ class BaseModel:
                 f"This model's maximum context length is {self.max_model_len} tokens, but you requested "
                 f"{num_prompt_tokens} tokens in the prompt{wanted}. Please reduce the length."
             )
-        return left if asked is None else asked
+        return min(left, DEFAULT_MAX_TOKENS) if asked is None else asked
 
 
 def read_max_positions(model_dir: Path) -> int:

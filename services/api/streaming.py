@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import orjson
 import structlog
@@ -21,8 +21,6 @@ from shared.errors import ServiceError
 from shared.queue import QueueUnavailable
 
 log = structlog.get_logger()
-PING_S = 15.0  # of silence
-SLOW_CLIENT_S = 30.0  # a client that does not read for so long is gone
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 CLIENT_CLOSED = 499
@@ -65,6 +63,8 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    ping_s: ClassVar[float] = 15.0  # of silence
+    slow_client_s: ClassVar[float] = 30.0  # a client that does not read for so long is gone
 
     def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
         super().__init__(headers=headers | {"cache-control": "no-store", "x-accel-buffering": "no"})
@@ -87,7 +87,7 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for chunk in self._with_pings():
-            async with asyncio.timeout(SLOW_CLIENT_S):
+            async with asyncio.timeout(self.slow_client_s):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -95,7 +95,7 @@ class EventStream(Response):
         while True:
             step = asyncio.ensure_future(anext(self._events))
             try:
-                while not (await asyncio.wait({step}, timeout=PING_S))[0]:
+                while not (await asyncio.wait({step}, timeout=self.ping_s))[0]:
                     yield PING
                 yield step.result()
             except StopAsyncIteration:

@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 LANE_OF: dict[str, Lane] = {"priority": "hi", "default": "std", "flex": "batch"}
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-MAX_PAYLOAD_BYTES = 256 * 1024
+MAX_PAYLOAD_BYTES = 1 << 20  # some 150,000 tokens
 READ_BLOCK_MS = 1000
 RETRY_S = 0.2
 OUTAGE_S = 15.0  # how long running streams wait for Redis to come back

@@ -1,4 +1,6 @@
-"""The worker's side of the inference queue: take, emit, beat, release. Synchronous; one thread at a time.
+"""The worker's side of the inference queue: take, emit, beat, release.
+
+Synchronous. One thread may emit while another does the rest.
 
 Every call may raise `redis.RedisError`; each may then be repeated as it is.
 """

@@ -34,6 +34,12 @@ def num_entries(api: Api) -> int:
         return sum(server.xlen(f"fx:{{inf}}:q:{lane}") for lane in ("hi", "std", "batch"))
 
 
+def billed(api: Api) -> list[int]:
+    """Completion tokens of each usage record."""
+    with psycopg.connect(api.settings.database_url.replace("+psycopg", ""), options="-c app.tenant=*") as db:
+        return [row[0] for row in db.execute("SELECT completion_tokens FROM usage_record").fetchall()]
+
+
 def open_stream(api: Api, body: dict[str, object]) -> socket.socket:
     """A client that speaks HTTP by hand, so that it can leave as it likes."""
     content = json.dumps({"model": "tiny", "messages": MESSAGES} | body).encode()
@@ -68,20 +74,14 @@ def test_a_client_that_leaves_before_a_worker_came_leaves_nothing(
 
 
 def test_what_was_delivered_to_a_client_that_left_is_billed(idle_api: Api, make_worker: MakeWorker) -> None:
-    url = idle_api.settings.database_url.replace("+psycopg", "")
-
-    def billed() -> list[tuple[int]]:
-        with psycopg.connect(url, options="-c app.tenant=*") as db:
-            return db.execute("SELECT completion_tokens FROM usage_record").fetchall()
-
     with make_worker(step_s=0.05):
         idle_api.say = TEXT * 20
         connection = open_stream(idle_api, {"stream": True})
         while b"content" not in connection.recv(65536):
             pass
         connection.close()
-        assert eventually(lambda: len(billed()) == 1)
-    assert 0 < billed()[0][0] < len(idle_api.tokenizer.encode(TEXT * 20))
+        assert eventually(lambda: len(billed(idle_api)) == 1)
+    assert 0 < billed(idle_api)[0] < len(idle_api.tokenizer.encode(TEXT * 20))
 
 
 def test_a_stop_string_frees_the_request_before_the_worker_is_done(
@@ -121,6 +121,7 @@ def test_what_fails_before_the_first_token_has_a_status(idle_api: Api, make_work
     with make_worker(fail_with="adapter_load_failed"), pytest.raises(openai.InternalServerError) as caught:
         idle_api.openai().chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
     assert (caught.value.status_code, caught.value.code) == (503, "adapter_load_failed")
+    assert billed(idle_api) == []
 
 
 @pytest.mark.parametrize(

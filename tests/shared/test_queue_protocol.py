@@ -345,7 +345,7 @@ async def test_a_full_lane_refuses_and_leaves_nothing_behind(timers, server) -> 
 
 async def test_a_request_above_the_bound_is_refused(client, server) -> None:
     with pytest.raises(RequestTooLarge):
-        await client.enqueue(make_request(prompt=tuple(range(100_000))))
+        await client.enqueue(make_request(prompt=tuple(range(200_000))))
     assert num_entries(server) == 0
 
 
