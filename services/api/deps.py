@@ -52,7 +52,7 @@ def check_body(model: type[Model], value: Any) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise invalid_field(error) from None
+        raise invalid_field(error, value) from None
 
 
 StateDep = Annotated[ApiState, Depends(get_state)]

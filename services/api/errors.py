@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
@@ -76,18 +77,38 @@ def error_response(error: ServiceError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers=retry_headers(error))
 
 
-def invalid_field(error: ValidationError) -> InvalidRequestError:
-    """The first thing that is wrong with a body, by the name of its field."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = ".".join(
-        str(part) for part in first["loc"] if not str(part).startswith(("str", "list[", "dict["))
-    )
-    param = param[:MAX_NAMED_CHARS]
-    if first["type"] == "extra_forbidden":
+def invalid_field(error: ValidationError, body: dict[str, Any]) -> InvalidRequestError:
+    """What is wrong with a body, by the name of its field.
+
+    Where a field may be one of several things, the error that looked deepest into it speaks.
+    """
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    paths = [path_in(body, each["loc"], each["type"]) for each in found]
+    deepest = max(paths, key=len)
+    param = ".".join(map(str, deepest))[:MAX_NAMED_CHARS]
+    here = [each for each, path in zip(found, paths, strict=True) if path == deepest]
+    if here[0]["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {param}"
         return InvalidRequestError(message, param=param, code="unknown_parameter")
-    message = first["msg"].removeprefix("Value error, ")
-    return InvalidRequestError(f"{param or 'request body'}: {message}", param=param or None)
+    if here[0]["type"] == "none_required":
+        message = f"{param} is not supported"
+        return InvalidRequestError(message, param=param, code="unsupported_parameter")
+    words = "; or ".join(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in here))
+    return InvalidRequestError(f"{param or 'request body'}: {words}", param=param or None)
+
+
+def path_in(body: Any, location: tuple[int | str, ...], kind: str) -> tuple[int | str, ...]:
+    """The steps of an error's location that lead through the body; the others name members of a union."""
+    path: list[int | str] = []
+    for number, step in enumerate(location):
+        is_key = isinstance(body, dict) and step in body
+        is_index = isinstance(body, list) and isinstance(step, int) and step < len(body)
+        if is_key or is_index:
+            body = body[step]
+            path.append(step)
+        elif kind == "missing" and number == len(location) - 1:
+            path.append(step)
+    return tuple(path)
 
 
 def unavailable(error: Exception) -> OverloadedError:

@@ -13,7 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from services.api.deps import check_body
 from services.api.main import ROUTERS
+from services.api.schemas.chat import ChatRequest
+from shared.errors import InvalidRequestError
 from tests.api.conftest import Api, ServerThread, free_port
 from tests.stub_worker import StubWorker
 
@@ -234,6 +237,29 @@ def test_what_is_out_of_bounds_is_refused_by_name(api: Api, field: str, value: o
     error = error_of(response)
     assert field in (error["param"] or error["message"])
     assert api.requests == []
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"n": 9}, "n", "less than or equal to 8"),
+        ({"functions": []}, "functions", "not supported"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content.0",
+            "text",
+        ),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string; or"),
+        ({"messages": [{"content": "x"}]}, "messages.0.role", "required"),
+        ({"stream_options": {"a": 1}}, "stream_options.a", "Unrecognized"),
+        ({"metadata": {"k" * 65: "x"}}, "metadata." + "k" * 65, "at most 64"),
+    ],
+)
+def test_errors_name_the_field_and_say_what_it_may_be(change: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_body(ChatRequest, CHAT | change)
+    assert caught.value.param.startswith(param)
+    assert words in caught.value.message
 
 
 numbers = st.one_of(
