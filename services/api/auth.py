@@ -35,16 +35,17 @@ class CachedOwner:
 class KeyCache:
     """Owners of valid keys, by the keys' hashes. Keys that are not valid are looked up each time."""
 
-    def __init__(self, sessions: SessionFactory, pepper: SecretStr) -> None:
+    def __init__(self, sessions: SessionFactory, pepper: SecretStr, fresh_s: float = FRESH_S) -> None:
         self._sessions = sessions
         self._pepper = pepper
+        self._fresh_s = fresh_s
         self._owners: OrderedDict[bytes, CachedOwner] = OrderedDict()
 
     async def find_owner(self, key: str) -> KeyOwner | None:
         """Raises SQLAlchemyError where the database is away and the key was not seen lately."""
         name = hashlib.sha256(key.encode()).digest()
         cached, now = self._owners.get(name), time.monotonic()
-        if cached is not None and now - cached.verified_at < FRESH_S:
+        if cached is not None and now - cached.verified_at < self._fresh_s:
             return cached.owner
         try:
             async with self._sessions.begin() as session:
