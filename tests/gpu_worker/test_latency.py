@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gpu_worker.engine.latency import Curve
+from services.gpu_worker.engine.latency import Curve, Work, largest
 from tests.gpu_worker.virtual import make_latency
+
+DECODES = Work(decodes=8, keys=400)
+WINDOW = Work(window_tokens=30, loss_tokens=30)
 
 points = st.lists(
     st.tuples(st.integers(1, 2000), st.floats(0.01, 500)), min_size=1, max_size=8, unique_by=lambda p: p[0]
@@ -31,38 +34,61 @@ def test_a_disturbed_point_is_lowered_to_what_more_tokens_took() -> None:
     assert curve(1) == 3.0 and curve(4) == 3.0 and curve(16) == 5.0
 
 
-@given(budget_ms=st.floats(0, 200), beside=st.integers(0, 300), most=st.integers(0, 600))
-def test_the_largest_size_that_fits_is_found(budget_ms: float, beside: int, most: int) -> None:
+@given(most=st.integers(0, 600), limit=st.integers(-1, 700))
+def test_the_largest_size_that_fits_is_found(most: int, limit: int) -> None:
+    assert largest(most, lambda n: n <= limit) == max(0, min(most, limit))
+
+
+def test_what_rows_attend_to_costs_time() -> None:
     latency = make_latency()
-    size = latency.largest_chunk(budget_ms, beside, most)
-    assert size == 0 or latency.forward_ms(beside + size) <= budget_ms
-    assert size == most or latency.forward_ms(beside + size + 1) > budget_ms
-    size = latency.largest_backward(budget_ms, most)
-    assert size == 0 or latency.backward_ms(size) <= budget_ms
-    assert size == most or latency.backward_ms(size + 1) > budget_ms
+    assert latency.forward_ms(Work(decodes=4, keys=4000)) == pytest.approx(2.4 + 4.0)
+    assert latency.forward_ms(Work(window_tokens=40, pairs=8000)) == pytest.approx(6.0 + 0.8)
+    assert latency.backward_ms(Work(window_tokens=40, pairs=8000)) == pytest.approx(2.2 + 0.8)
+    mixed = Work(decodes=4, keys=4000) + Work(window_tokens=40, pairs=8000, loss_tokens=40)
+    assert latency.forward_ms(mixed) == pytest.approx(2.0 + 4.4 + 0.8 + 4.0 + 0.8)
 
 
 @pytest.mark.parametrize("slowness", [0.5, 1.0, 2.5])
 def test_predictions_follow_a_machine_that_changed_its_speed(slowness: float) -> None:
-    latency = make_latency()
-    forward, backward = latency.forward(40) + latency.loss(30), 2 * latency.backward(30)
+    latency, fresh = make_latency(), make_latency()
+    forward_ms, backward_ms = fresh.forward_ms(WINDOW), 2 * fresh.backward_ms(WINDOW)
     for _ in range(60):
-        latency.observe(40, 30, forward * slowness, [30, 30], backward * slowness, 1.0 * slowness)
-    assert latency.forward_ms(40, 30) == pytest.approx(forward * slowness, rel=0.05)
-    assert latency.backward_ms(30) == pytest.approx(latency.backward(30) * slowness, rel=0.05)
+        latency.observe(WINDOW, forward_ms * slowness, [WINDOW, WINDOW], backward_ms * slowness, slowness)
+    assert latency.forward_ms(WINDOW) == pytest.approx(forward_ms * slowness, rel=0.05)
+    assert 2 * latency.backward_ms(WINDOW) == pytest.approx(backward_ms * slowness, rel=0.05)
     assert latency.optimizer_ms == pytest.approx(slowness, rel=0.05)
+
+
+def test_slow_decodes_say_nothing_about_windows() -> None:
+    latency = make_latency()
+    before = latency.forward_ms(WINDOW)
+    for _ in range(100):
+        latency.observe(DECODES, 10 * make_latency().forward_ms(DECODES), [], 0.0, 0.0)
+    assert latency.forward_ms(DECODES) > 3 * make_latency().forward_ms(DECODES)
+    assert latency.forward_ms(WINDOW) == before
+
+
+def test_a_ratio_that_nothing_confirms_is_forgotten() -> None:
+    latency = make_latency()
+    usual = latency.forward_ms(WINDOW)
+    for _ in range(50):
+        latency.observe(WINDOW, 4 * usual, [WINDOW], 4.0, 0.0)
+    assert latency.forward_ms(WINDOW) > 3.5 * usual
+    for _ in range(600):
+        latency.observe(DECODES, latency.forward_ms(DECODES), [], 0.0, 0.0)
+    assert latency.forward_ms(WINDOW) < 1.2 * usual
 
 
 def test_a_machine_that_jitters_is_planned_for_on_the_safe_side_of_its_mean() -> None:
     latency = make_latency()
-    predicted = latency.forward(40)
+    usual = latency.forward_ms(DECODES)
     for i in range(200):
-        latency.observe(40, 0, predicted * (1.5 if i % 2 else 1.0), [], 0.0, 0.0)
-    assert latency.forward_ms(40) > 1.35 * predicted
+        latency.observe(DECODES, usual * (1.5 if i % 2 else 1.0), [], 0.0, 0.0)
+    assert latency.forward_ms(DECODES) > 1.35 * usual
 
 
 def test_one_stall_does_not_shut_finetuning_out() -> None:
     latency = make_latency()
-    before = latency.forward_ms(40)
-    latency.observe(40, 0, 10_000.0, [], 0.0, 0.0)
-    assert latency.forward_ms(40) < 2 * before
+    before = latency.forward_ms(WINDOW)
+    latency.observe(WINDOW, 10_000.0, [], 0.0, 0.0)
+    assert latency.forward_ms(WINDOW) < 2 * before

@@ -39,7 +39,7 @@ def is_finetuning(batch: Batch) -> bool:
 
 def is_kept(batch: Batch, world: World) -> bool:
     """Finetuning was added within the limit; what inference takes by itself is not the scheduler's to refuse."""
-    alone = world.scheduler.latency.forward_ms(batch.num_inference_tokens)
+    alone = world.scheduler.latency.forward_ms(Batch(chunks=batch.chunks).forward_work)
     return batch.predicted_ms <= max(batch.limit_ms, alone) + 1e-6
 
 

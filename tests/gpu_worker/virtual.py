@@ -17,13 +17,17 @@ BLOCK_SIZE = 4
 
 
 def make_latency(scale: float = 1.0) -> LatencyModel:
-    """Forward 2 ms + 0.1 ms a token, loss 0.02 ms a token, backward of a layer 0.2 ms + 0.05 ms a token."""
+    """Forward 2 ms + 0.1 ms a token, loss 0.02 ms a token, backward of a layer 0.2 ms + 0.05 ms a token; a
+    decode's key 1 us, a window's pair 0.1 us in either direction."""
     sizes = [0, 1000]
     return LatencyModel(
         forward=Curve(sizes, [2.0 * scale, 102.0 * scale]),
         loss=Curve(sizes, [0.0, 20.0 * scale]),
         backward=Curve(sizes, [0.2 * scale, 50.2 * scale]),
         optimizer_ms=1.0 * scale,
+        key_ms=1e-3 * scale,
+        pair_ms=1e-4 * scale,
+        backward_pair_ms=1e-4 * scale,
     )
 
 

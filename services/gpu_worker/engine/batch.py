@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from services.gpu_worker.engine.latency import Work
 from services.gpu_worker.engine.sequence import Logprob, Sequence
 from services.gpu_worker.finetune.job import FinetuneJob, TrainingSequence, Window
 
@@ -21,6 +22,10 @@ class Chunk:
         """Whether the chunk reaches the sequence's end, so that its next token can be drawn."""
         return self.start + self.num_tokens == self.sequence.num_tokens
 
+    @property
+    def work(self) -> Work:
+        return chunk_work(self.start, self.num_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class JobWindow:
@@ -30,6 +35,22 @@ class JobWindow:
     sequence: TrainingSequence
     window: Window
     ends_evaluation: bool = False
+
+    @property
+    def work(self) -> Work:
+        return window_work(self.sequence, self.window.start, self.window.end)
+
+
+def chunk_work(start: int, num_tokens: int) -> Work:
+    if num_tokens == 1:
+        return Work(decodes=1, keys=start + 1)
+    return Work(window_tokens=num_tokens, pairs=num_tokens * start)
+
+
+def window_work(sequence: TrainingSequence, start: int, end: int) -> Work:
+    num_tokens = end - start
+    pairs = sequence.num_pairs(start, end)
+    return Work(window_tokens=num_tokens, pairs=pairs, loss_tokens=num_tokens)
 
 
 @dataclass(slots=True)
@@ -50,6 +71,11 @@ class Batch:
     @property
     def num_forward_tokens(self) -> int:
         return sum(work.window.num_tokens for work in self.forwards)
+
+    @property
+    def forward_work(self) -> Work:
+        chunks = sum((chunk.work for chunk in self.chunks), Work())
+        return sum((forward.work for forward in self.forwards), chunks)
 
     @property
     def is_empty(self) -> bool:

@@ -157,12 +157,11 @@ class Engine:
 
     def _learn(self, batch: Batch, timing: Timing) -> None:
         self.scheduler.latency.observe(
-            batch.num_inference_tokens + batch.num_forward_tokens,
-            batch.num_forward_tokens,
+            batch.forward_work,
             timing.forward_ms,
-            [work.window.num_tokens for work in batch.backwards],
+            [window.work for window in batch.backwards],
             timing.backward_ms,
-            timing.optimizer_ms,
+            timing.optimizer_ms / max(1, len(batch.optimizer_steps)),
         )
 
     def _token_event(self, item: Progress) -> TokenEvent:

@@ -1,8 +1,8 @@
 """How long an iteration will take: measured at start-up, corrected while serving.
 
 Three curves over tokens (fused forward, loss of a training window, backward of a window through one layer)
-are profiled once and interpolated; each prediction is scaled by a running estimate of actual over predicted,
-so that a machine that slows down is followed within a few iterations.
+and the price of what rows attend to are profiled once. Each prediction is scaled by a running estimate of
+actual over predicted, so that a machine that slows down is followed within a few iterations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,28 @@ from dataclasses import dataclass, field
 
 PROFILE_SIZES = (1, 4, 16, 64, 128, 256, 512)  # tokens
 SMOOTHING = 0.1  # weight of the newest iteration in the running ratio
+RELAXATION = 0.005  # how fast a ratio that is no longer observed is forgotten
 DEVIATIONS = 1.0  # how many mean deviations a prediction stands above the mean
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one fused forward, or the backward of one window through one layer, has to compute."""
+
+    decodes: int = 0  # rows of one token a sequence
+    keys: int = 0  # that decodes read
+    window_tokens: int = 0  # rows of prompts and of training windows
+    pairs: int = 0  # of such a row and a key from before its window
+    loss_tokens: int = 0  # rows of training windows
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.decodes + other.decodes,
+            self.keys + other.keys,
+            self.window_tokens + other.window_tokens,
+            self.pairs + other.pairs,
+            self.loss_tokens + other.loss_tokens,
+        )
 
 
 @dataclass(slots=True)
@@ -49,7 +70,11 @@ class Correction:
     deviation: float = 0.0
 
     def observe(self, predicted_ms: float, actual_ms: float) -> None:
+        """Without anything to observe the past slowly counts less: else a ratio that keeps work from being
+        scheduled would never be put right."""
         if predicted_ms <= 0 or actual_ms <= 0:
+            self.ratio += RELAXATION * (1.0 - self.ratio)
+            self.deviation -= RELAXATION * self.deviation
             return
         sample = min(4.0, max(0.25, actual_ms / predicted_ms))
         self.deviation += SMOOTHING * (abs(sample - self.ratio) - self.deviation)
@@ -62,52 +87,61 @@ class Correction:
 
 @dataclass(slots=True)
 class LatencyModel:
-    """Predicts parts of an iteration in milliseconds, on the safe side of the mean."""
+    """Predicts parts of an iteration in milliseconds, on the safe side of the mean.
+
+    Iterations of decodes alone have a correction of their own: what slows them down, such as long contexts,
+    says little about windows.
+    """
 
     forward: Curve
     loss: Curve
     backward: Curve
     optimizer_ms: float = 1.0
-    _forward: Correction = field(default_factory=Correction)
+    key_ms: float = 0.0  # a decode's key
+    pair_ms: float = 0.0  # a window's pair, forward through all layers
+    backward_pair_ms: float = 0.0  # backward through one
+    _decodes: Correction = field(default_factory=Correction)
+    _windows: Correction = field(default_factory=Correction)
     _backward: Correction = field(default_factory=Correction)
 
-    def forward_ms(self, num_tokens: int, num_loss_tokens: int = 0) -> float:
-        """One fused forward over `num_tokens`, of which `num_loss_tokens` also compute a loss."""
-        return (self.forward(num_tokens) + self.loss(num_loss_tokens)) * self._forward.factor
+    def forward_ms(self, work: Work) -> float:
+        """One fused forward."""
+        correction = self._windows if work.window_tokens else self._decodes
+        return self._plain_forward_ms(work) * correction.factor
 
-    def backward_ms(self, num_tokens: int) -> float:
-        """One layer backward over a window."""
-        return self.backward(num_tokens) * self._backward.factor
+    def backward_ms(self, work: Work) -> float:
+        """One window backward through one layer."""
+        return self._plain_backward_ms(work) * self._backward.factor
 
-    def largest_forward(self, budget_ms: float, num_tokens: int, num_loss_tokens: int, most: int) -> int:
-        """How many tokens of a training window fit beside the others of an iteration; 0 where none do."""
-        return _largest(most, lambda n: self.forward_ms(num_tokens + n, num_loss_tokens + n) <= budget_ms)
+    def _plain_forward_ms(self, work: Work) -> float:
+        rows_ms = self.forward(work.decodes + work.window_tokens) + self.loss(work.loss_tokens)
+        return rows_ms + work.keys * self.key_ms + work.pairs * self.pair_ms
 
-    def largest_chunk(self, budget_ms: float, num_tokens: int, most: int) -> int:
-        """How many tokens of a prompt fit beside `num_tokens` others; 0 where none do."""
-        return _largest(most, lambda n: self.forward_ms(num_tokens + n) <= budget_ms)
-
-    def largest_backward(self, budget_ms: float, most: int) -> int:
-        return _largest(most, lambda n: self.backward_ms(n) <= budget_ms)
+    def _plain_backward_ms(self, work: Work) -> float:
+        return self.backward(work.window_tokens) + work.pairs * self.backward_pair_ms
 
     def observe(
         self,
-        num_tokens: int,
-        num_loss_tokens: int,
+        forward: Work,
         forward_ms: float,
-        backward_tokens: list[int],
+        backwards: list[Work],
         backward_ms: float,
         optimizer_ms: float,
     ) -> None:
-        """Learns from one iteration."""
-        self._forward.observe(self.forward(num_tokens) + self.loss(num_loss_tokens), forward_ms)
-        self._backward.observe(sum(self.backward(n) for n in backward_tokens), backward_ms)
+        """Learns from one iteration; `optimizer_ms` is that of one step, 0 where there was none."""
+        predicted_ms = self._plain_forward_ms(forward)
+        has_windows = forward.window_tokens > 0
+        self._windows.observe(predicted_ms if has_windows else 0.0, forward_ms)
+        self._decodes.observe(0.0 if has_windows else predicted_ms, forward_ms)
+        self._backward.observe(sum(self._plain_backward_ms(work) for work in backwards), backward_ms)
         if optimizer_ms > 0:
             self.optimizer_ms += 0.3 * (optimizer_ms - self.optimizer_ms)
 
 
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """Largest n in [0, most] with `fits(n)`, which holds up to some n and not beyond."""
+def largest(most: int, fits: Callable[[int], bool]) -> int:
+    """Largest n in [0, most] with `fits(n)`, which holds up to some n and not beyond; 0 where none does."""
+    if fits(most):
+        return most
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

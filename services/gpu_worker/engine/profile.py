@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,22 +20,39 @@ from services.gpu_worker.finetune.trainer import Trainer, examples_of
 from services.gpu_worker.model.adapters import LoraConfig, projections
 
 REPEATS = 3
+NUM_DECODES = 8
 ENOUGH_MS = 200.0  # what takes longer is not repeated: small disturbances do not matter there
 
 
-def profile(runner: ModelRunner, largest: int, policy: str) -> LatencyModel:
-    """Curves up to `largest` tokens. Uses the first blocks of the cache; nothing may be in them yet."""
+def profile(runner: ModelRunner, longest: int, policy: str) -> LatencyModel:
+    """Curves up to `longest` tokens. Uses the first blocks of the cache; nothing may be in them yet."""
     capacity = runner.cache.num_blocks * runner.cache.block_size
-    limit = min(largest, capacity, runner.model.max_position)
+    limit = min(longest, capacity, runner.model.max_position)
     sizes = [size for size in PROFILE_SIZES if size < limit] + [limit]
     trainer = _trainer(runner, limit, policy)
     last = runner.model.config.num_layers - 1  # the first layer's backward ends early
-    return LatencyModel(
-        forward=Curve(sizes, [_fastest(lambda n=n: _forward(runner, n)) for n in sizes]),  # type: ignore[misc]
-        loss=Curve(sizes, [_fastest(lambda n=n: _loss(runner, n)) for n in sizes]),  # type: ignore[misc]
-        backward=Curve(sizes, [_fastest(lambda n=n: trainer.backward(Window(0, n, last))) for n in sizes]),  # type: ignore[misc]
-        optimizer_ms=_fastest(lambda: trainer.parameters.step(0.0)),
+
+    def forward(num_sequences: int, start: int, end: int) -> float:
+        return _fastest(partial(_forward, runner, num_sequences, start, end))
+
+    def backward(start: int, end: int) -> float:
+        return _fastest(partial(trainer.backward, Window(start, end, last)))
+
+    model = LatencyModel(
+        forward=Curve(sizes, [forward(1, 0, n) for n in sizes]),
+        loss=Curve(sizes, [_fastest(partial(_loss, runner, n)) for n in sizes]),
+        backward=Curve(sizes, [backward(0, n) for n in sizes]),
+        optimizer_ms=_fastest(partial(trainer.parameters.step, 0.0)),
     )
+    start = limit - max(
+        1, limit // 8
+    )  # of rows that have many keys before them; in the curves they have none
+    rows, pairs = limit - start, max(1, (limit - start) * start)
+    decodes_ms = forward(NUM_DECODES, limit - 1, limit) - model.forward(NUM_DECODES)
+    model.key_ms = max(0.0, decodes_ms) / (NUM_DECODES * limit)
+    model.pair_ms = max(0.0, forward(1, start, limit) - model.forward(rows)) / pairs
+    model.backward_pair_ms = max(0.0, backward(start, limit) - model.backward(rows)) / pairs
+    return model
 
 
 def _fastest(work: Callable[[], object]) -> float:
@@ -49,10 +67,11 @@ def _fastest(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def _forward(runner: ModelRunner, num_tokens: int) -> None:
-    blocks = list(range(-(-num_tokens // runner.cache.block_size)))
-    sequence = Sequence("profile", [0] * num_tokens, num_tokens, block_table=blocks)
-    runner.run(Batch(chunks=[Chunk(sequence, 0, num_tokens)]))
+def _forward(runner: ModelRunner, num_sequences: int, start: int, end: int) -> None:
+    """The tokens [start, end) of each sequence; they share their blocks, for values do not matter."""
+    blocks = list(range(-(-end // runner.cache.block_size)))
+    sequences = [Sequence("profile", [0] * end, end, block_table=blocks) for _ in range(num_sequences)]
+    runner.run(Batch(chunks=[Chunk(sequence, start, end - start) for sequence in sequences]))
 
 
 def _loss(runner: ModelRunner, num_tokens: int) -> None:

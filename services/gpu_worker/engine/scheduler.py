@@ -8,11 +8,12 @@ sequence's next token is due. Decides without tensors. Source: FlexLLM (arXiv 24
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Sampled
+from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Sampled, chunk_work, window_work
 from services.gpu_worker.engine.block_manager import BlockManager
-from services.gpu_worker.engine.latency import LatencyModel
+from services.gpu_worker.engine.latency import LatencyModel, Work, largest
 from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.finetune.job import FinetuneJob, Phase
 
@@ -78,7 +79,7 @@ class Scheduler:
         batch = Batch(limit_ms=self._limit_ms(now_s))
         self._schedule_running(batch)
         self._schedule_waiting(batch)
-        batch.predicted_ms = self.latency.forward_ms(batch.num_inference_tokens)
+        batch.predicted_ms = self.latency.forward_ms(batch.forward_work)
         if self.jobs:
             batch.limit_ms = min(batch.limit_ms, self._catch_up_limit_ms(batch, now_s))
             self._schedule_finetuning(batch)
@@ -113,15 +114,16 @@ class Scheduler:
         limit_ms = self.config.idle_ms
         for sequence in (*self.running, *self.waiting):
             if sequence.num_uncomputed_tokens > 1 or sequence not in scheduled:
-                remaining = sequence.num_uncomputed_tokens - scheduled.get(sequence, 0)
+                done = sequence.num_computed_tokens + scheduled.get(sequence, 0)
                 slack_ms = (sequence.deadline_s() - now_s) * 1000
-                limit_ms = min(limit_ms, slack_ms - self._catch_up_ms(remaining))
+                limit_ms = min(limit_ms, slack_ms - self._catch_up_ms(done, sequence.num_tokens))
         return self.config.margin * max(0.0, limit_ms)
 
-    def _catch_up_ms(self, num_tokens: int) -> float:
-        full, rest = divmod(num_tokens, self.config.max_num_batched_tokens)
-        whole_ms = self.latency.forward_ms(self.config.max_num_batched_tokens)
-        return full * whole_ms + self.latency.forward_ms(rest)
+    def _catch_up_ms(self, start: int, end: int) -> float:
+        """How long the tokens [start, end) of a sequence take in pieces as large as an iteration takes them."""
+        piece = self.config.max_num_batched_tokens
+        starts = range(start, end, piece)
+        return sum(self.latency.forward_ms(chunk_work(a, min(piece, end - a))) for a in starts)
 
     # --- inference
 
@@ -146,12 +148,16 @@ class Scheduler:
     def _schedule_sequence(self, batch: Batch, sequence: Sequence) -> None:
         num_tokens = min(sequence.num_uncomputed_tokens, self._room(batch))
         if num_tokens > 1:
-            taken = batch.num_inference_tokens
-            fitting = self.latency.largest_chunk(batch.limit_ms, taken, num_tokens)
+            beside, start = batch.forward_work, sequence.num_computed_tokens
+            fitting = self._largest_beside(beside, batch.limit_ms, num_tokens, lambda n: chunk_work(start, n))
             num_tokens = max(fitting, min(num_tokens, self.config.min_window))
         if num_tokens <= 0 or not self._grow(batch, sequence, sequence.num_computed_tokens + num_tokens):
             return
         batch.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
+
+    def _largest_beside(self, beside: Work, limit_ms: float, most: int, work: Callable[[int], Work]) -> int:
+        """The most tokens n whose `work(n)` fits into one forward with the work `beside` it."""
+        return largest(most, lambda n: self.latency.forward_ms(beside + work(n)) <= limit_ms)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Takes what the prefix cache has; False where the rest of the prompt would not fit."""
@@ -232,31 +238,38 @@ class Scheduler:
     def _add_forward(self, batch: Batch, job: FinetuneJob, forced: bool) -> None:
         if job.position == 0 and not self._reserve_blocks(job):
             return
-        training = batch.num_forward_tokens
-        beside = batch.num_inference_tokens + training
-        others_ms = batch.predicted_ms - self.latency.forward_ms(beside, training)
+        sequence, evaluating, start, beside = job.sequence, job.evaluating, job.position, batch.forward_work
+        others_ms = batch.predicted_ms - self.latency.forward_ms(beside)
         most = min(job.remaining_forward, self.config.finetune_window)
-        size = self.latency.largest_forward(batch.limit_ms - others_ms, beside, training, most)
+        size = self._largest_beside(
+            beside, batch.limit_ms - others_ms, most, lambda n: window_work(sequence, start, start + n)
+        )
         size = self._acceptable(size, most, forced)
         if not size:
             return
-        sequence, evaluating = job.sequence, job.evaluating
         window = job.next_forward(size)
         job.complete(window)
         batch.forwards.append(JobWindow(job, sequence, window, evaluating and not job.evaluating))
-        batch.predicted_ms = others_ms + self.latency.forward_ms(beside + size, training + size)
+        batch.predicted_ms = others_ms + self.latency.forward_ms(batch.forward_work)
 
     def _add_backwards(self, batch: Batch, job: FinetuneJob, forced: bool) -> None:
+        sequence = job.sequence
         while job.phase is Phase.BACKWARD:
             most = min(job.position, self.config.finetune_window)
-            size = self.latency.largest_backward(batch.limit_ms - batch.predicted_ms, most)
+            size = self._largest_backward(job, batch.limit_ms - batch.predicted_ms, most)
             size = self._acceptable(size, most, forced and not batch.backwards)
             if not size:
                 return
-            sequence, window = job.sequence, job.next_backward(size)
-            job.complete(window)
-            batch.backwards.append(JobWindow(job, sequence, window))
-            batch.predicted_ms += self.latency.backward_ms(size)
+            work = JobWindow(job, sequence, job.next_backward(size))
+            job.complete(work.window)
+            batch.backwards.append(work)
+            batch.predicted_ms += self.latency.backward_ms(work.work)
+
+    def _largest_backward(self, job: FinetuneJob, budget_ms: float, most: int) -> int:
+        sequence, end = job.sequence, job.position
+        return largest(
+            most, lambda n: self.latency.backward_ms(window_work(sequence, end - n, end)) <= budget_ms
+        )
 
     def _acceptable(self, size: int, most: int, forced: bool) -> int:
         """`size`, or nothing where it is a crumb; the smallest window where a job has waited too long."""

@@ -66,6 +66,10 @@ class TrainingSequence:
             if a < b:
                 yield begin, a, b
 
+    def num_pairs(self, start: int, end: int) -> int:
+        """Pairs of a token of the window [start, end) and a token of its example before the window."""
+        return sum((b - a) * (a - begin) for begin, a, b in self.parts(start, end))
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
