@@ -12,7 +12,7 @@ from torch import Tensor
 from services.gpu_worker.engine.batch import Sampled
 from services.gpu_worker.engine.sequence import Logprob, Sampling, Sequence
 
-NUCLEUS_CANDIDATES = 512  # most likely tokens looked at before a full sort
+NUCLEUS_CANDIDATES = (512, 8192)  # most likely tokens looked at before a full sort, which takes far longer
 GREEDY_BELOW = 1e-5  # temperatures that a division would overflow at
 LEAST_LOGPROB = -9999.0
 MASK64 = (1 << 64) - 1
@@ -93,10 +93,7 @@ def _draw_row(probs: Tensor, sampling: Sampling, draw: float) -> int:
 
 def _filter(probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The kept tokens' probabilities, falling, and their ids. top-k first, then top-p, then min-p."""
-    most = sampling.top_k or NUCLEUS_CANDIDATES
-    kept, ids = probs.topk(min(most, len(probs)))
-    if not sampling.top_k and not _confined(kept, sampling):
-        kept, ids = probs.sort(descending=True)
+    kept, ids = _candidates(probs, sampling)
     keep = torch.ones_like(kept, dtype=torch.bool)
     if sampling.top_p < 1:
         share = kept / kept.sum() if sampling.top_k else kept
@@ -104,6 +101,18 @@ def _filter(probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     if sampling.min_p > 0:
         keep &= kept >= sampling.min_p * kept[0]
     return kept[keep], ids[keep]
+
+
+def _candidates(probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Probabilities, falling, and ids of at least those that the filters keep."""
+    if sampling.top_k:
+        return probs.topk(min(sampling.top_k, len(probs)))
+    for most in NUCLEUS_CANDIDATES:
+        if most < len(probs):
+            kept, ids = probs.topk(most)
+            if _confined(kept, sampling):
+                return kept, ids
+    return probs.sort(descending=True)
 
 
 def _confined(kept: Tensor, sampling: Sampling) -> bool:
