@@ -128,12 +128,31 @@ def test_being_late_does_not_cut_a_prompt_into_crumbs() -> None:
 
 def test_a_prompt_is_cut_so_that_those_who_decode_are_in_time() -> None:
     world = make_world(max_num_batched_tokens=64)
-    world.scheduler.add(make_sequence("decoding", 4, 30, 1, tpot_slo_ms=6.0))
+    world.scheduler.add(make_sequence("decoding", 4, 30, 1, tpot_slo_ms=7.0))
     world.step()
     world.scheduler.add(make_sequence("arriving", 60, 2, 2))
     batch = world.step()
-    assert 16 <= batch.num_inference_tokens < 60
-    assert batch.predicted_ms <= 6.0
+    assert 32 <= batch.num_inference_tokens < 60
+    assert batch.predicted_ms <= 7.0
+
+
+def test_a_crowd_of_prompts_does_not_make_those_late_who_decode() -> None:
+    world = make_world(max_num_batched_tokens=64, num_blocks=200)
+    world.scheduler.add(make_sequence("decoding", 4, 50, 1, tpot_slo_ms=8.0))
+    world.step()
+    for i in range(7):
+        world.scheduler.add(make_sequence(f"arriving{i}", 40, 2, 2 + i))
+    while world.scheduler.waiting:
+        world.step()
+    assert max(world.gaps_ms["decoding"]) <= 8.0
+
+
+def test_prompts_go_on_where_decodes_alone_take_too_long() -> None:
+    world = make_world(max_num_batched_tokens=64, max_model_len=128, latency=make_latency(scale=10.0))
+    world.scheduler.add(make_sequence("decoding", 4, 50, 1, tpot_slo_ms=5.0))
+    world.step()
+    world.scheduler.add(make_sequence("arriving", 100, 2, 2))
+    assert [chunk.num_tokens for chunk in world.step().chunks] == [1, 32]
 
 
 def test_the_newest_is_preempted_and_loses_nothing() -> None:

@@ -23,6 +23,7 @@ class SchedulerConfig:
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512  # inference tokens of one iteration
     max_model_len: int = 2048
+    min_prompt_tokens: int = 32  # of prompts, computed in an iteration whatever its limit
     finetune_window: int = 256  # largest window, tokens
     min_window: int = 16  # smaller pieces of work cost more than they bring
     idle_ms: float = 250.0  # longest iteration when nobody waits: an arrival waits at most this
@@ -134,26 +135,31 @@ class Scheduler:
                 self._schedule_sequence(batch, sequence)
 
     def _schedule_waiting(self, batch: Batch) -> None:
+        """First come, first served: nobody overtakes a sequence that does not fit."""
         while self.waiting and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting[0]
             if self._room(batch) <= 0 or not self._admit(sequence):
                 return
             self.waiting.popleft()
             self.running.append(sequence)
-            self._schedule_sequence(batch, sequence)
+            if not self._schedule_sequence(batch, sequence):
+                return
 
     def _room(self, batch: Batch) -> int:
         return self.config.max_num_batched_tokens - batch.num_inference_tokens
 
-    def _schedule_sequence(self, batch: Batch, sequence: Sequence) -> None:
+    def _schedule_sequence(self, batch: Batch, sequence: Sequence) -> bool:
+        """Adds the sequence's next tokens: a decode always, of prompts what fits, but together not too little."""
         num_tokens = min(sequence.num_uncomputed_tokens, self._room(batch))
         if num_tokens > 1:
             beside, start = batch.forward_work, sequence.num_computed_tokens
             fitting = self._largest_beside(beside, batch.limit_ms, num_tokens, lambda n: chunk_work(start, n))
-            num_tokens = max(fitting, min(num_tokens, self.config.min_window))
+            least = max(0, self.config.min_prompt_tokens - beside.window_tokens)
+            num_tokens = max(fitting, min(num_tokens, least))
         if num_tokens <= 0 or not self._grow(batch, sequence, sequence.num_computed_tokens + num_tokens):
-            return
+            return False
         batch.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
+        return True
 
     def _largest_beside(self, beside: Work, limit_ms: float, most: int, work: Callable[[int], Work]) -> int:
         """The most tokens n whose `work(n)` fits into one forward with the work `beside` it."""
