@@ -69,7 +69,7 @@ def finetune(client: openai.OpenAI, base: str, timeout_s: float) -> FineTuningJo
         method={
             "type": "supervised",
             "supervised": {
-                "hyperparameters": {"n_epochs": 6, "batch_size": 4, "learning_rate_multiplier": 3.0}
+                "hyperparameters": {"n_epochs": 10, "batch_size": 4, "learning_rate_multiplier": 3.0}
             },
         },
     )
@@ -79,7 +79,7 @@ def finetune(client: openai.OpenAI, base: str, timeout_s: float) -> FineTuningJo
         expect(
             bool(ask(client, base, "What is 2 + 2?", max_tokens=8)), "the base model answers during the job"
         )
-        time.sleep(3)
+        time.sleep(5)
         job = client.fine_tuning.jobs.retrieve(job.id)
     return job
 
@@ -96,7 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--api-key", required=True)
-    parser.add_argument("--timeout-s", type=float, default=900.0)
+    parser.add_argument("--timeout-s", type=float, default=1800.0)
     options = parser.parse_args()
     client = openai.OpenAI(base_url=options.base_url, api_key=options.api_key, timeout=120)
 
