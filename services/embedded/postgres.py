@@ -64,6 +64,7 @@ class EmbeddedPostgres(EmbeddedServer):
             "unix_socket_directories": f'"{self.socket_dir}"',
             "max_connections": "200",
             "shared_buffers": "64MB",
+            "autovacuum": "on" if self.durable else "off",  # its workers hold databases that tests drop
             "fsync": "on" if self.durable else "off",
             "full_page_writes": "on" if self.durable else "off",
             "synchronous_commit": "on" if self.durable else "off",

@@ -169,7 +169,7 @@ def engine_config(settings: Settings) -> EngineConfig:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=settings.max_model_len,
             finetune_window=settings.finetune_window,
-            idle_ms=min(settings.tpot_slo_ms, settings.ttft_slo_ms / 4),
+            idle_ms=settings.ttft_slo_ms / 4,
         ),
     )
 

@@ -88,6 +88,21 @@ def generate(engine: Engine, prompt: list[int], sampling: Sampling, **options: A
     return run(engine, request_id)[0][request_id]
 
 
+def together(
+    engine: Engine, prompts: list[list[int]], sampling: list[Sampling], **options: Any
+) -> list[Output]:
+    """Requests added at once and run to their ends."""
+    names = [f"r{i}" for i in range(len(prompts))]
+    for name, prompt, how in zip(names, prompts, sampling, strict=True):
+        engine.add(name, prompt, how, **options)
+    outputs, _ = run(engine, *names)
+    return [outputs[name] for name in names]
+
+
+def tokens_of(outputs: list[Output]) -> list[list[int]]:
+    return [output.tokens for output in outputs]
+
+
 def make_adapter(
     model: ModelConfig,
     *,

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from services.gpu_worker.engine.engine import Engine, InvalidRequest
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.model.adapters import LoraConfig
 from tests.builders import make_tiny_model
-from tests.gpu_worker.engines import Output, generate, make_adapter, make_engine, prompt_of, run
+from tests.gpu_worker.engines import generate, make_adapter, make_engine, prompt_of, run, together, tokens_of
 from tests.gpu_worker.training import make_dataset
 
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 23, 31, 32, 40, 55)
@@ -54,20 +52,6 @@ def alone(folder: Path, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
             assert output.cached_tokens == 0 and len(output.tokens) == NUM_TOKENS
             found[kind].append(output.tokens)
     return found
-
-
-def together(
-    engine: Engine, prompts: list[list[int]], sampling: list[Sampling], **options: Any
-) -> list[Output]:
-    names = [f"r{i}" for i in range(len(prompts))]
-    for name, prompt, how in zip(names, prompts, sampling, strict=True):
-        engine.add(name, prompt, how, **options)
-    outputs, _ = run(engine, *names)
-    return [outputs[name] for name in names]
-
-
-def tokens_of(outputs: list[Output]) -> list[list[int]]:
-    return [output.tokens for output in outputs]
 
 
 def add_job(engine: Engine, job_id: str, seed: int = 0, **config: Any) -> None:
@@ -256,57 +240,6 @@ def test_a_request_ends_at_the_longest_length_that_the_engine_serves(folder: Pat
     engine = make_engine(folder, scheduler={"max_model_len": 40})
     output = generate(engine, prompt_of(engine, 30), Sampling(max_tokens=10))
     assert len(output.tokens) == 10 and output.finish == "length"
-
-
-# --- log-probabilities
-
-
-@pytest.mark.parametrize("budget", [2, 9, 64])
-def test_prompt_logprobs_equal_transformers_across_the_borders_of_pieces(
-    folder: Path, prompts: list[list[int]], budget: int
-) -> None:
-    engine = make_engine(folder, scheduler={"max_num_batched_tokens": budget})
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    chosen = [prompts[6], prompts[0], prompts[13], prompts[7]]
-    outputs = together(engine, chosen, [Sampling(max_tokens=0, prompt_logprobs=3)] * len(chosen))
-    for prompt, output in zip(chosen, outputs, strict=True):
-        assert (output.tokens, output.finish) == ([], "length")
-        with torch.no_grad():
-            expected = torch.log_softmax(reference(torch.tensor([prompt])).logits[0], -1)
-        assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(prompt)
-        assert output.prompt_logprobs[0] is None
-        for position, entry in enumerate(output.prompt_logprobs[1:]):
-            assert entry is not None
-            assert entry.logprob == pytest.approx(float(expected[position, prompt[position + 1]]), abs=1e-4)
-            assert [token for token, _ in entry.top] == expected[position].topk(3).indices.tolist()
-
-
-def test_prompt_logprobs_survive_a_preemption(folder: Path, prompts: list[list[int]]) -> None:
-    sampling = [Sampling(max_tokens=10, prompt_logprobs=0)] * 6
-    calm = together(make_engine(folder), prompts[-6:], sampling)
-    pressed = make_engine(
-        folder, num_blocks=24, scheduler={"max_model_len": 72, "max_num_batched_tokens": 16}
-    )
-    for expected, output in zip(calm, together(pressed, prompts[-6:], sampling), strict=True):
-        assert output.prompt_logprobs is not None and expected.prompt_logprobs is not None
-        assert [p and round(p.logprob, 3) for p in output.prompt_logprobs] == [
-            p and round(p.logprob, 3) for p in expected.prompt_logprobs
-        ]
-
-
-def test_logprobs_of_generated_tokens_equal_transformers(folder: Path, prompts: list[list[int]]) -> None:
-    engine = make_engine(folder)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    sampling = Sampling(max_tokens=6, temperature=0.7, seed=3, logprobs=5)
-    outputs = together(engine, prompts[4:12], [sampling] * 8)
-    for prompt, output in zip(prompts[4:12], outputs, strict=True):
-        with torch.no_grad():
-            expected = torch.log_softmax(reference(torch.tensor([prompt + output.tokens])).logits[0], -1)
-        assert len(output.logprobs) == 6
-        for offset, (token, entry) in enumerate(zip(output.tokens, output.logprobs, strict=True)):
-            row = expected[len(prompt) - 1 + offset]
-            assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
-            assert [value for _, value in entry.top] == pytest.approx(row.topk(5).values.tolist(), abs=1e-4)
 
 
 # --- requests that cannot be served

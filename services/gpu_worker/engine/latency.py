@@ -1,20 +1,22 @@
 """How long an iteration will take: measured at start-up, corrected while serving.
 
 Three curves over tokens (fused forward, loss of a training window, backward of a window through one layer)
-and the price of what rows attend to are profiled once. Each prediction is scaled by a running estimate of
-actual over predicted, so that a machine that slows down is followed within a few iterations.
+and the price of what rows attend to are profiled once. Each prediction is scaled by what the last iterations
+took over what was predicted for them.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 PROFILE_SIZES = (1, 4, 16, 64, 128, 256, 512)  # tokens
-SMOOTHING = 0.1  # weight of the newest iteration in the running ratio
-RELAXATION = 0.005  # how fast a ratio that is no longer observed is forgotten
-DEVIATIONS = 1.0  # how many mean deviations a prediction stands above the mean
+MEMORY = 24  # iterations that a correction is made from
+QUANTILE = 0.75  # of their ratios: predictions stand on the safe side of the median
+MOST = 8.0  # what slows a machine down by more is no rule
+FORGET_EVERY = 10  # iterations without such work, for each ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +66,28 @@ class Curve:
 
 @dataclass(slots=True)
 class Correction:
-    """Running mean of actual / predicted and of its deviation."""
+    """Actual over predicted in the last iterations, of which a high quantile counts: a machine that slows down
+    is followed, a single disturbance is not."""
 
-    ratio: float = 1.0
-    deviation: float = 0.0
+    samples: deque[float] = field(default_factory=lambda: deque([1.0] * 8, maxlen=MEMORY))
+    _unobserved: int = 0
 
     def observe(self, predicted_ms: float, actual_ms: float) -> None:
-        """Without anything to observe the past slowly counts less: else a ratio that keeps work from being
+        """Without anything to observe the past is slowly forgotten: else a ratio that keeps work from being
         scheduled would never be put right."""
-        if predicted_ms <= 0 or actual_ms <= 0:
-            self.ratio += RELAXATION * (1.0 - self.ratio)
-            self.deviation -= RELAXATION * self.deviation
+        if predicted_ms > 0 and actual_ms > 0:
+            self.samples.append(min(MOST, max(1 / MOST, actual_ms / predicted_ms)))
+            self._unobserved = 0
             return
-        sample = min(4.0, max(0.25, actual_ms / predicted_ms))
-        self.deviation += SMOOTHING * (abs(sample - self.ratio) - self.deviation)
-        self.ratio += SMOOTHING * (sample - self.ratio)
+        self._unobserved += 1
+        if self.samples and self._unobserved % FORGET_EVERY == 0:
+            self.samples.popleft()
 
     @property
     def factor(self) -> float:
-        return self.ratio + DEVIATIONS * self.deviation
+        if not self.samples:
+            return 1.0
+        return sorted(self.samples)[int(QUANTILE * (len(self.samples) - 1))]
 
 
 @dataclass(slots=True)

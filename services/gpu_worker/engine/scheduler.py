@@ -25,10 +25,10 @@ class SchedulerConfig:
     max_model_len: int = 2048
     min_prompt_tokens: int = 32  # of prompts, computed in an iteration whatever its limit
     finetune_window: int = 256  # largest window, tokens
-    min_window: int = 16  # smaller pieces of work cost more than they bring
+    min_window: int = 32  # smaller pieces of work cost more than they bring
     idle_ms: float = 250.0  # longest iteration when nobody waits: an arrival waits at most this
     margin: float = 0.9  # share of the slack that is planned for
-    patience: int = 50  # iterations without finetuning before a smallest window is taken regardless
+    patience: int = 10  # iterations without finetuning before a smallest window is taken regardless
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +226,7 @@ class Scheduler:
 
     def _schedule_finetuning(self, batch: Batch) -> None:
         """Least served job first; each adds work until the iteration is full."""
-        forced = self._starved >= self.config.patience
+        forced = self._starved >= self.config.patience or not (self.running or self.waiting)
         for job in sorted(self.jobs, key=lambda job: job.served_tokens):
             if job.phase is Phase.FORWARD:
                 self._add_forward(batch, job, forced)
