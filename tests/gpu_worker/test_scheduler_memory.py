@@ -20,12 +20,13 @@ def test_requests_take_the_blocks_of_a_job_which_starts_its_step_again() -> None
 
 
 def test_a_job_that_waits_for_its_update_loses_its_blocks_but_no_work() -> None:
-    world = make_world(num_blocks=20, latency=make_latency())
+    world = make_world(num_blocks=20, latency=make_latency(), patience=1000)
     world.scheduler.latency.optimizer_ms = 10_000.0
+    world.scheduler.add(make_sequence("first", 4, 12, 1))
     world.scheduler.add_job(job := make_job("j", [60]))
     while job.phase is not Phase.OPTIMIZER:
         world.step()
-    world.scheduler.add(make_sequence("r", 40, 4))
+    world.scheduler.add(make_sequence("second", 40, 4, 2))
     world.step()
     assert not job.blocks and job.restarts == 0 and job.phase is Phase.OPTIMIZER
 
