@@ -165,7 +165,7 @@ async def test_health_and_metrics(
     text = (await client.get("/metrics")).text
     assert 'flexllm_jobs{status="succeeded"} 2.0' in text
     assert "flexllm_adapter_versions_ready 2.0" in text
-    assert "flexllm_tasks_undone 2.0" in text and "flexllm_tasks_late_seconds 0.0" not in text
+    assert "flexllm_tasks_undone 2.0" in text and "flexllm_tasks_late_seconds 0.0\n" not in text
 
 
 async def test_a_body_is_bounded_whether_it_says_so_or_not(
