@@ -1,4 +1,4 @@
-"""`x W^T + b` with a frozen weight.
+"""`x W^T + b` with a frozen weight, and its gradient with respect to `x`; the weight has none.
 
 On a CPU the weight is also kept in oneDNN's own layout. From a plain one it is laid out anew in every call,
 which for the few rows of a decode takes half as long as the product itself.
@@ -8,20 +8,55 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 
-def pack(weight: Tensor) -> Tensor | None:
-    """The weight [out, in] in oneDNN's layout, or None where that would not help."""
+class FrozenLinear:
+    """`weight` [out, in] in the model's dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+        self._packed = _pack(weight)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def size_bytes(self) -> int:
+        tensors = [t for t in (self.weight, self.bias) if t is not None]
+        packed = 0 if self._packed is None else self.weight.numel() * self.weight.element_size()
+        return sum(t.numel() * t.element_size() for t in tensors) + packed
+
+    def dense(self) -> Tensor:
+        """The weight [out, in] as a product reads it."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out]."""
+        if self._packed is None:
+            return linear(x, self.weight, self.bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return y
+
+    def forward_rows(self, x: Tensor, rows: int) -> Tensor:
+        """The first `rows` features of `forward`: [N, in] -> [N, rows]."""
+        return linear(x, self.weight[:rows], None if self.bias is None else self.bias[:rows])
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """[N, out] -> [N, in]."""
+        return dy @ self.weight
+
+
+def _pack(weight: Tensor) -> Tensor | None:
+    """The weight in oneDNN's layout, or None where that would not help."""
     ready = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     if not ready or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
-
-
-def frozen_linear(x: Tensor, weight: Tensor, packed: Tensor | None, bias: Tensor | None = None) -> Tensor:
-    """`packed` is `pack(weight)`."""
-    if packed is None:
-        return torch.nn.functional.linear(x, weight, bias)
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return y
