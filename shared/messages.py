@@ -14,17 +14,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shared.peft import LoraSpec, PeftSpec
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA_TARGETS: tuple[LoraTarget, ...] = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)
 
 
 class Message(BaseModel):
@@ -128,18 +120,10 @@ class WorkerStatus(Message):
 # --- finetuning ------------------------------------------------------------------------------------------
 
 
-class LoraSpec(Message):
-    type: Literal["lora"] = "lora"
-    rank: int = Field(default=16, ge=1, le=128)
-    alpha: float = Field(default=32.0, gt=0, le=1024, allow_inf_nan=False)
-    target_modules: tuple[LoraTarget, ...] = Field(default=LORA_TARGETS, min_length=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1, allow_inf_nan=False)
-
-
 class TrainSpec(Message):
     """Everything that decides what a job computes. With the dataset and the base model it is reproducible."""
 
-    peft: LoraSpec = LoraSpec()
+    peft: PeftSpec = LoraSpec()
     n_epochs: int = Field(default=3, ge=1, le=50)
     batch_size: int = Field(default=8, ge=1, le=256)  # examples of one forward-backward
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=256)

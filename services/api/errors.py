@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
@@ -82,8 +83,8 @@ def invalid_field(error: ValidationError, body: dict[str, Any]) -> InvalidReques
 
     Where a field may be one of several things, the error that looked deepest into it speaks.
     """
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    paths = [path_in(body, each["loc"], each["type"]) for each in found]
+    found = error.errors(include_url=False, include_input=False)
+    paths = [path_in(body, location_of(each), each["type"]) for each in found]
     deepest = max(paths, key=len)
     param = ".".join(map(str, deepest))[:MAX_NAMED_CHARS]
     here = [each for each, path in zip(found, paths, strict=True) if path == deepest]
@@ -93,8 +94,21 @@ def invalid_field(error: ValidationError, body: dict[str, Any]) -> InvalidReques
     if here[0]["type"] == "none_required":
         message = f"{param} is not supported"
         return InvalidRequestError(message, param=param, code="unsupported_parameter")
-    words = "; or ".join(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in here))
+    words = "; or ".join(dict.fromkeys(words_of(each) for each in here))
     return InvalidRequestError(f"{param or 'request body'}: {words}", param=param or None)
+
+
+def location_of(error: ErrorDetails) -> tuple[int | str, ...]:
+    """Where it says what an object is, for an object that says nothing known."""
+    if error["type"] != "union_tag_invalid":
+        return error["loc"]
+    return (*error["loc"], error["ctx"]["discriminator"].strip("'"))
+
+
+def words_of(error: ErrorDetails) -> str:
+    if error["type"] == "union_tag_invalid":
+        return f"Input should be one of {error['ctx']['expected_tags']}"
+    return error["msg"].removeprefix("Value error, ")
 
 
 def path_in(body: Any, location: tuple[int | str, ...], kind: str) -> tuple[int | str, ...]:

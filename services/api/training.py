@@ -9,16 +9,25 @@ from typing import Any
 import orjson
 
 from services.api.adapters import unknown_model
-from services.api.schemas.fine_tuning import DEFAULTS, CreateJob, Extension, PeftOptions
+from services.api.schemas.fine_tuning import DEFAULTS, MIN_SEQ_LEN, CreateJob, Extension
+from services.api.schemas.peft import LoraOptions
 from services.api.state import ApiState
 from shared.db import tenant_transaction
 from shared.errors import InvalidRequestError
 from shared.jobs import NewJob
 from shared.keys import KeyOwner
 from shared.messages import TrainSpec
+from shared.peft import LoraSpec, PeftSpec
 from shared.registry import find_model
 
 MAX_LEARNING_RATE = 10.0
+LEARNING_RATES = {  # of AdamW, where the job names none
+    "lora": 2e-4,
+    "ia3": 8e-3,
+    "bottleneck": 3e-4,
+    "prefix_tuning": 5e-3,
+    "prompt_tuning": 3e-2,
+}
 
 
 async def new_job(
@@ -68,16 +77,13 @@ def multiplier(body: CreateJob) -> float:
 
 def train_spec(state: ApiState, body: CreateJob) -> TrainSpec:
     chosen, options = body.chosen, body.flexllm or Extension()
-    peft = (options.peft or PeftOptions()).spec()
-    if peft.rank > state.settings.max_lora_rank:
-        limit = state.settings.max_lora_rank
-        raise InvalidRequestError(f"the largest rank is {limit}", param="flexllm.peft.rank")
+    peft = peft_spec(state, options)
     return TrainSpec(
         peft=peft,
         n_epochs=DEFAULTS.n_epochs if chosen.n_epochs == "auto" else chosen.n_epochs,
         batch_size=DEFAULTS.batch_size if chosen.batch_size == "auto" else chosen.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        learning_rate=learning_rate(body, options),
+        learning_rate=learning_rate(body, options, peft),
         lr_schedule=options.lr_schedule,
         warmup_ratio=options.warmup_ratio,
         weight_decay=options.weight_decay,
@@ -85,15 +91,23 @@ def train_spec(state: ApiState, body: CreateJob) -> TrainSpec:
         beta2=options.beta2,
         epsilon=options.epsilon,
         max_grad_norm=options.max_grad_norm,
-        max_seq_len=max_seq_len(state, options),
+        max_seq_len=max_seq_len(state, options, peft),
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         eval_every_steps=options.eval_every_steps,
         max_steps=options.max_steps,
     )
 
 
-def learning_rate(body: CreateJob, options: Extension) -> float:
-    rate = (options.learning_rate or DEFAULTS.learning_rate) * multiplier(body)
+def peft_spec(state: ApiState, options: Extension) -> PeftSpec:
+    peft = (options.peft or LoraOptions()).spec()
+    limit = state.settings.max_lora_rank
+    if isinstance(peft, LoraSpec) and peft.rank > limit:
+        raise InvalidRequestError(f"the largest rank is {limit}", param="flexllm.peft.rank")
+    return peft
+
+
+def learning_rate(body: CreateJob, options: Extension, peft: PeftSpec) -> float:
+    rate = (options.learning_rate or LEARNING_RATES[peft.type]) * multiplier(body)
     if rate > MAX_LEARNING_RATE:
         raise InvalidRequestError(
             f"a learning rate of {rate:g} is above {MAX_LEARNING_RATE:g}", param="learning_rate_multiplier"
@@ -101,12 +115,21 @@ def learning_rate(body: CreateJob, options: Extension) -> float:
     return rate
 
 
-def max_seq_len(state: ApiState, options: Extension) -> int:
-    longest = state.base.max_train_len
+def max_seq_len(state: ApiState, options: Extension, peft: PeftSpec) -> int:
+    """Of an example; the method's virtual tokens stand in front of each."""
+    num_virtual_tokens = peft.num_virtual_tokens
+    longest = state.base.max_train_len - num_virtual_tokens
+    if longest < MIN_SEQ_LEN:
+        message = (
+            f"this server trains on sequences of {state.base.max_train_len} tokens; "
+            f"{num_virtual_tokens} virtual ones leave too few for an example"
+        )
+        raise InvalidRequestError(message, param="flexllm.peft.num_virtual_tokens")
     if options.max_seq_len is None:
         return min(DEFAULTS.max_seq_len, longest)
     if options.max_seq_len > longest:
-        message = f"the longest example that this server trains on has {longest} tokens"
+        beside = f" beside {num_virtual_tokens} virtual ones" if num_virtual_tokens else ""
+        message = f"the longest example that this server trains on has {longest} tokens{beside}"
         raise InvalidRequestError(message, param="flexllm.max_seq_len")
     return options.max_seq_len
 

@@ -117,6 +117,12 @@ def idle_api(api_settings: Settings) -> Iterator[Api]:
 
 
 @pytest.fixture
+def file_id(idle_api: Api) -> str:
+    """Of a file to train on, which nobody reads."""
+    return idle_api.openai().files.create(file=("a.jsonl", b"{}\n"), purpose="fine-tune").id
+
+
+@pytest.fixture
 def make_worker(idle_api: Api) -> Callable[..., StubWorker]:
     """Not started: use as a context manager."""
 

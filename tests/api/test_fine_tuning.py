@@ -13,11 +13,6 @@ from shared.messages import TrainSpec
 from tests.api.conftest import Api
 
 
-@pytest.fixture
-def file_id(idle_api: Api) -> str:
-    return idle_api.openai().files.create(file=("a.jsonl", b"{}\n"), purpose="fine-tune").id
-
-
 def row(api: Api, job_id: str, column: str) -> object:
     with psycopg.connect(api.settings.database_url.replace("+psycopg", ""), options="-c app.tenant=*") as db:
         return db.execute(f"SELECT {column} FROM ft_job WHERE id = %s", [job_id]).fetchone()[0]
@@ -107,7 +102,7 @@ def test_auto_means_the_defaults(idle_api: Api, file_id: str) -> None:
         ({"flexllm": {"peft": {"rank": 129}}}, "flexllm.peft.rank"),
         ({"flexllm": {"peft": {"type": "dora"}}}, "flexllm.peft.type"),
         ({"flexllm": {"peft": {"target_modules": "(a+)+$"}}}, "flexllm.peft.target_modules"),
-        ({"flexllm": {"peft": {"target_modules": ["lm_head"]}}}, "flexllm.peft.target_modules"),
+        ({"flexllm": {"peft": {"target_modules": ["wte"]}}}, "flexllm.peft.target_modules"),
         ({"flexllm": {"max_seq_len": 4096}}, "flexllm.max_seq_len"),
         ({"flexllm": {"learning_rate": 1e9}}, "flexllm.learning_rate"),
         ({"status": "succeeded"}, "status"),

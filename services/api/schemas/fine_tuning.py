@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from services.api.schemas.fields import Body, Metadata, Number
-from shared.messages import LORA_TARGETS, LoraSpec, LoraTarget, TrainSpec
+from services.api.schemas.peft import PeftOptions
+from shared.messages import TrainSpec
 
 DEFAULTS = TrainSpec()
+MIN_SEQ_LEN = 8
 Auto = Literal["auto"]
 
 
@@ -30,37 +32,11 @@ class Method(Body):
     supervised: Supervised | None = None
 
 
-class PeftOptions(Body):
-    """The shape of the adapter."""
-
-    type: Literal["lora"] = "lora"
-    rank: int = Field(default=DEFAULTS.peft.rank, ge=1, le=128)
-    alpha: Number | None = Field(default=None, gt=0, le=1024)  # default: twice the rank
-    target_modules: Literal["all-linear"] | Annotated[list[LoraTarget], Field(min_length=1)] = "all-linear"
-    dropout: Number = Field(default=DEFAULTS.peft.dropout, ge=0, lt=1)
-
-    @field_validator("target_modules")
-    @classmethod
-    def each_once(cls, targets: str | list[LoraTarget]) -> str | list[LoraTarget]:
-        if isinstance(targets, list) and len(set(targets)) != len(targets):
-            raise ValueError("a module is named twice")
-        return targets
-
-    def spec(self) -> LoraSpec:
-        named = LORA_TARGETS if self.target_modules == "all-linear" else self.target_modules
-        return LoraSpec(
-            rank=self.rank,
-            alpha=2.0 * self.rank if self.alpha is None else self.alpha,
-            target_modules=tuple(target for target in LORA_TARGETS if target in named),
-            dropout=self.dropout,
-        )
-
-
 class Extension(Body):
     """Everything that decides what a job computes and OpenAI's hyperparameters do not say."""
 
     peft: PeftOptions | None = None
-    learning_rate: Number | None = Field(default=None, gt=0, le=1)
+    learning_rate: Number | None = Field(default=None, gt=0, le=1)  # default: the method's
     lr_schedule: Literal["cosine", "linear", "constant"] = DEFAULTS.lr_schedule
     warmup_ratio: Number = Field(default=DEFAULTS.warmup_ratio, ge=0, le=1)
     weight_decay: Number = Field(default=DEFAULTS.weight_decay, ge=0, le=1)
@@ -69,7 +45,7 @@ class Extension(Body):
     epsilon: Number = Field(default=DEFAULTS.epsilon, gt=0, le=1)
     max_grad_norm: Number = Field(default=DEFAULTS.max_grad_norm, ge=0, le=1e6)
     gradient_accumulation_steps: int = Field(default=DEFAULTS.gradient_accumulation_steps, ge=1, le=256)
-    max_seq_len: int | None = Field(default=None, ge=8, lt=2**31)
+    max_seq_len: int | None = Field(default=None, ge=MIN_SEQ_LEN, lt=2**31)  # virtual tokens not counted
     max_steps: int = Field(default=DEFAULTS.max_steps, ge=0, lt=2**31)
     eval_every_steps: int = Field(default=DEFAULTS.eval_every_steps, ge=0, lt=2**31)
     priority: int = Field(
