@@ -71,7 +71,8 @@ async def get_version(name: Name, number: Number, caller: CallerDep, services: S
 async def download_file(
     name: Name, number: Number, file: str, caller: CallerDep, services: ServicesDep
 ) -> StreamingResponse:
-    """One of PEFT's two files; with both in a folder, `peft` and vLLM load the adapter."""
+    """One of PEFT's two files; with both in a folder, `peft` loads the adapter (but a bottleneck's, whose
+    format is that of LLM-Adapters), and vLLM a LoRA."""
     if file not in ADAPTER_FILES:
         raise NotFoundError(f"a version's files are {' and '.join(ADAPTER_FILES)}")
     async with services.sessions.begin() as session:

@@ -28,12 +28,12 @@ from shared.messages import (
     DatasetRef,
     EndJob,
     JobLease,
-    LoraSpec,
     PublishReply,
     StepMetrics,
     TrainSpec,
 )
 from shared.models import AdapterVersion, BaseModelRow, FtJob
+from shared.peft import BottleneckSpec, LoraSpec, PeftSpec, PrefixSpec
 from shared.usage import InferenceUsage, record_inference
 from shared.versions import get_adapter, get_version, move_alias, retire_version
 from tests.records import make_checkpoint, make_file, make_publish
@@ -202,7 +202,7 @@ async def publish(factory: SessionFactory, lease: JobLease, story: Story) -> Pub
         lease.fence,
         weights,
         base_digest=BASE_DIGEST,
-        size_bytes=story.spec.peft.rank * 305_172,
+        size_bytes=size_of(story.spec.peft),
         trained_tokens=story.steps * story.spec.batch_size * 310,
         metrics={
             "train_loss": final.train_loss,
@@ -214,6 +214,17 @@ async def publish(factory: SessionFactory, lease: JobLease, story: Story) -> Pub
     )
     async with factory.begin() as session:
         return await job_leases.publish(session, lease.job_id, request)
+
+
+def size_of(peft: PeftSpec) -> int:
+    """Bytes of the weights on this base model."""
+    match peft:
+        case LoraSpec():
+            return peft.rank * 305_172
+        case BottleneckSpec():
+            return peft.size * 276_480
+        case _:
+            return max(1, peft.num_virtual_tokens) * 46_080
 
 
 async def back_date(factory: SessionFactory, job_id: str, story: Story) -> None:
@@ -298,11 +309,13 @@ async def seed(factory: SessionFactory, pepper: str, scale: float = 1.0) -> Seed
 
     small, wide = TrainSpec(peft=LoraSpec(rank=8, alpha=16)), TrainSpec(learning_rate=1e-4)
     deep = TrainSpec(peft=LoraSpec(rank=32, alpha=64), n_epochs=4, batch_size=16)
+    bottleneck = TrainSpec(peft=BottleneckSpec(size=48), learning_rate=3e-4)
+    prefix = TrainSpec(peft=PrefixSpec(num_virtual_tokens=30), learning_rate=5e-3)
     done = [
         story("support-bot", "acme", 300, hours_ago=412, spec=small, floor=1.16, examples=1210),
         story("contract-clauses", "northwind", 240, hours_ago=261, spec=wide, floor=1.02),
         story("support-bot", "acme", 420, hours_ago=172, floor=0.98, examples=1890, promote=True),
-        story("triage-notes", "orchid", 360, hours_ago=95, spec=deep, floor=0.84, examples=4096),
+        story("triage-notes", "orchid", 360, hours_ago=95, spec=bottleneck, floor=0.84, examples=4096),
         story("sql-writer", "northwind", 500, hours_ago=50, floor=0.62, examples=7420),
         story("support-bot", "acme", 480, hours_ago=26, floor=0.86, examples=2140, promote=True),
         story("support-bot", "acme", 640, hours_ago=2.2, spec=deep, floor=0.79, examples=3012, minutes=58),
@@ -312,7 +325,9 @@ async def seed(factory: SessionFactory, pepper: str, scale: float = 1.0) -> Seed
     await add_unfinished(factory, tenants, story)
     running = [
         story("returns-agent", "acme", 900, until=0.64, hours_ago=0.55, spec=deep, floor=0.88, examples=5210),
-        story("sql-writer", "northwind", 700, until=0.27, hours_ago=0.2, floor=0.6, pace=5.0, examples=9034),
+        story(
+            "sql-writer", "northwind", 700, until=0.27, hours_ago=0.2, spec=prefix, floor=0.6, examples=9034
+        ),
     ]
     leases = [(await run_job(factory, tenants[each.org], each), each) for each in running]
     waiting = story("discharge-letters", "orchid", 400, hours_ago=0.05)

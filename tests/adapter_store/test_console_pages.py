@@ -121,6 +121,13 @@ async def test_a_job_is_shown_with_its_numbers(operator: Operator, seeded: Seede
     assert later["curves"]["step"] == [last]
 
 
+async def test_a_job_is_shown_with_its_method(operator: Operator, seeded: Seeded) -> None:
+    lora, prefix = [await operator.read(f"/jobs/{lease.job_id}") for lease, _ in seeded.running]
+    assert ">LoRA</dd>" in lora and "<dt>Rank</dt>" in lora
+    assert ">Prefix tuning</dd>" in prefix and "<dt>Virtual tokens</dt>" in prefix and ">30</dd>" in prefix
+    assert "<dt>Rank</dt>" not in prefix and "<dt>Targets</dt>" not in prefix
+
+
 async def test_a_finished_job_is_not_asked_for_again(operator: Operator, seeded: Seeded) -> None:
     text = await operator.read("/jobs?status=succeeded")
     job_id = text.split("/admin/jobs/ftjob-")[1].split('"')[0]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from services.adapter_store.admin.formats import compact, decimal, percent, scientific, size, whole
 from shared.messages import TrainSpec
 from shared.models import AdapterVersion
-
-ALL_OF_THEM = 7
+from shared.peft import LINEAR_TARGETS, BottleneckSpec, Ia3Spec, LoraSpec, PeftSpec, PrefixSpec, PromptSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,7 @@ class Comparison:
 def describe_spec(spec: dict[str, Any]) -> dict[str, str]:
     """A TrainSpec, label by label. A field that an older version did not know has its default."""
     train = TrainSpec.model_validate(spec)
-    peft = train.peft
-    targets = peft.target_modules
-    words = {
-        "Method": "LoRA",
-        "Rank": str(peft.rank),
-        "Alpha": f"{peft.alpha:g}",
-        "Targets": "all linear layers" if len(targets) == ALL_OF_THEM else ", ".join(targets),
+    words = describe_method(train.peft) | {
         "Epochs": str(train.n_epochs),
         "Batch size": str(train.batch_size),
         "Accumulation": f"{train.gradient_accumulation_steps} steps",
@@ -55,11 +49,50 @@ def describe_spec(spec: dict[str, Any]) -> dict[str, str]:
         "Max. length": f"{train.max_seq_len:,} tokens",
         "Seed": str(train.seed),
     }
-    if peft.dropout:
-        words["Dropout"] = f"{peft.dropout:g}"
     if train.max_steps:
         words["Max. steps"] = f"{train.max_steps:,}"
     return words
+
+
+def describe_method(peft: PeftSpec) -> dict[str, str]:
+    match peft:
+        case LoraSpec():
+            return describe_lora(peft)
+        case Ia3Spec():
+            return {
+                "Method": "(IA)³",
+                "Targets": name_targets(peft.target_modules),
+                "Scaled at the input": ", ".join(peft.feedforward_modules) or "none",
+            }
+        case BottleneckSpec():
+            return {
+                "Method": "Parallel bottleneck adapter" if peft.parallel else "Bottleneck adapter",
+                "Size": str(peft.size),
+                "Activation": peft.activation,
+                "Scaling": f"{peft.scaling:g}",
+                "Targets": name_targets(peft.target_modules),
+            }
+        case PrefixSpec():
+            return {"Method": "Prefix tuning", "Virtual tokens": str(peft.num_virtual_tokens)}
+        case PromptSpec():
+            return {"Method": "Prompt tuning", "Virtual tokens": str(peft.num_virtual_tokens)}
+
+
+def describe_lora(peft: LoraSpec) -> dict[str, str]:
+    words = {
+        "Method": "DoRA" if peft.use_dora else "LoRA",
+        "Rank": str(peft.rank),
+        "Alpha": f"{peft.alpha:g}" + (" / √rank" if peft.use_rslora else ""),
+        "Targets": name_targets(peft.target_modules),
+    }
+    return words | ({"Dropout": f"{peft.dropout:g}"} if peft.dropout else {})
+
+
+def name_targets(targets: Sequence[str]) -> str:
+    if not set(LINEAR_TARGETS) <= set(targets):
+        return ", ".join(targets)
+    others = [target for target in targets if target not in LINEAR_TARGETS]
+    return ", ".join(["all linear layers", *others])
 
 
 def compare(left: AdapterVersion, right: AdapterVersion) -> Comparison:
