@@ -175,7 +175,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the storages that operations make while it is entered: those alive `now`, and at the `peak`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -221,7 +221,8 @@ def make_peft_model(
     if num_layers is not None:
         settings["num_hidden_layers"] = num_layers
     config = AutoConfig.for_model(hf_config["model_type"], **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    build: Any = AutoModelForCausalLM.from_config
+    model = build(config, dtype=dtype, attn_implementation="sdpa")
     if isinstance(method, BottleneckConfig):
         return add_bottlenecks(model, method, dtype if adapter_dtype == "model" else torch.float32).train()
     peft = _import_peft()
@@ -279,7 +280,8 @@ class BottleneckLinear(nn.Module):
         source = (x if self.config.parallel else y).to(self.adapter_down.weight.dtype)
         activate = getattr(nn.functional, self.config.activation)  # relu, gelu, silu or tanh
         hidden = activate(self.adapter_down(source))
-        return y + (self.adapter_up(hidden) * self.config.scaling).to(y.dtype)
+        update: Tensor = self.adapter_up(hidden) * self.config.scaling
+        return y + update.to(y.dtype)
 
 
 def add_bottlenecks(model: Any, config: BottleneckConfig, dtype: torch.dtype) -> Any:
