@@ -33,6 +33,7 @@ class AdapterRef(Message):
 
     version_id: str
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")  # content hash: `content_digest` of its files
+    num_virtual_tokens: int = Field(default=0, ge=0)  # positions that it takes in front of the prompt
 
     @property
     def prefix(self) -> str:

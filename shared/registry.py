@@ -32,7 +32,17 @@ class ServedModel:
 
     @property
     def ref(self) -> AdapterRef:
-        return AdapterRef(version_id=self.version.id, digest=self.version.digest)
+        return ref_of(self.version)
+
+
+def ref_of(version: AdapterVersion) -> AdapterRef:
+    """What a request needs to know of the version that serves it."""
+    peft = version.hyperparameters.get("peft", {})
+    return AdapterRef(
+        version_id=version.id,
+        digest=version.digest,
+        num_virtual_tokens=peft.get("num_virtual_tokens", 0),
+    )
 
 
 async def resolve_model(
@@ -45,7 +55,7 @@ async def resolve_model(
     version = await find_model(session, tenant_id, name)
     if version is None or (base_digest is not None and version.base_digest != base_digest):
         return None
-    return AdapterRef(version_id=version.id, digest=version.digest)
+    return ref_of(version)
 
 
 async def find_model(session: AsyncSession, tenant_id: str, name: str) -> AdapterVersion | None:

@@ -36,6 +36,10 @@ class Target:
         return f"{base}_{self.adapter.digest[:SHOWN_DIGEST_CHARS]}" if self.adapter else base
 
     @property
+    def num_virtual_tokens(self) -> int:
+        return self.adapter.num_virtual_tokens if self.adapter else 0
+
+    @property
     def headers(self) -> dict[str, str]:
         return {"x-adapter-version": self.adapter.digest} if self.adapter else {}
 

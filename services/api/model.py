@@ -83,13 +83,15 @@ class BaseModel:
                     f"{param}: {token} is not a token id below {self.tokenizer.vocab_size}", param=param
                 )
 
-    def max_tokens(self, num_prompt_tokens: int, asked: int | None) -> int:
-        """How many tokens may follow the prompt: as asked, else what is left. Raises ContextLengthError."""
-        left = self.max_model_len - num_prompt_tokens
+    def max_tokens(self, num_prompt_tokens: int, asked: int | None, num_virtual_tokens: int = 0) -> int:
+        """How many tokens may follow the prompt: as asked, else what is left of the context behind an adapter's
+        virtual tokens. Raises ContextLengthError."""
+        longest = self.max_model_len - num_virtual_tokens
+        left = longest - num_prompt_tokens
         if left < (1 if asked is None else asked):
             wanted = "" if asked is None else f" and {asked} for the completion"
             raise ContextLengthError(
-                f"This model's maximum context length is {self.max_model_len} tokens, but you requested "
+                f"This model's maximum context length is {longest} tokens, but you requested "
                 f"{num_prompt_tokens} tokens in the prompt{wanted}. Please reduce the length."
             )
         return min(left, DEFAULT_MAX_TOKENS) if asked is None else asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import openai
 import pytest
 
 from services.api.training import LEARNING_RATES
@@ -20,6 +21,7 @@ from shared.peft import (
 )
 from tests.api.conftest import Api
 from tests.api.test_fine_tuning import row
+from tests.api.test_tenants import publish_adapter
 
 MAX_TRAIN_LEN = 512
 
@@ -117,6 +119,23 @@ def refuse(api: Api, file_id: str, **extension: Any) -> dict[str, Any]:
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
     return dict(error)
+
+
+def test_an_adapters_virtual_tokens_leave_less_context_to_its_requests(api: Api) -> None:
+    publish_adapter(api, TrainSpec(peft=PromptSpec(num_virtual_tokens=100)))
+    client, longest = api.openai(), api.settings.max_model_len
+    for model, fits in (("tiny", longest), ("acme/bot", longest - 100)):
+        client.completions.create(model=model, prompt=[1] * (fits - 4), max_tokens=4)
+        with pytest.raises(openai.BadRequestError, match=f"context length is {fits} tokens") as caught:
+            client.completions.create(model=model, prompt=[1] * (fits - 3), max_tokens=4)
+        assert caught.value.code == "context_length_exceeded"
+        with pytest.raises(openai.BadRequestError, match=f"context length is {fits} tokens"):
+            client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": "hi"}], max_tokens=fits
+            )
+    base, adapted = api.requests
+    assert base.adapter is None
+    assert adapted.adapter is not None and adapted.adapter.num_virtual_tokens == 100
 
 
 REFUSED: list[tuple[Any, str, str]] = [

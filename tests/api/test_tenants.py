@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from services.api.model import BaseModel
+from shared.messages import TrainSpec
 from tests.api.conftest import TEXT, Api
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -19,10 +20,14 @@ NAMES = ["ft:tiny:acme:bot:0123abcd", "acme/bot", "acme/bot@live", "acme/bot@1"]
 
 @pytest.fixture
 def adapter(idle_api: Api) -> None:
+    publish_adapter(idle_api, TrainSpec())
+
+
+def publish_adapter(api: Api, spec: TrainSpec) -> None:
     """A version of acme's, as a job would have published it."""
-    idle_api.key("acme")
-    base = BaseModel.load(idle_api.settings).base_digest
-    url = idle_api.settings.database_url.replace("+psycopg", "")
+    api.key("acme")
+    base = BaseModel.load(api.settings).base_digest
+    url = api.settings.database_url.replace("+psycopg", "")
     with psycopg.connect(url, options="-c app.tenant=*") as db:
         tenant = db.execute("SELECT id FROM tenant WHERE slug = 'acme'").fetchone()[0]
         db.execute("INSERT INTO base_model (digest, name, tokenizer_digest) VALUES (%s, 'tiny', 't')", [base])
@@ -30,8 +35,8 @@ def adapter(idle_api: Api) -> None:
         db.execute(
             "INSERT INTO adapter_version (id, tenant_id, adapter_id, version, state, model_name, digest, files,"
             " size_bytes, base_model, base_digest, tokenizer_digest, hyperparameters, metrics)"
-            " VALUES ('ver_1', %s, 'adpt_1', 1, 'READY', %s, %s, %s, 1, 'tiny', %s, 't', '{}', '{}')",
-            [tenant, NAMES[0], DIGEST, json.dumps({}), base],
+            " VALUES ('ver_1', %s, 'adpt_1', 1, 'READY', %s, %s, %s, 1, 'tiny', %s, 't', %s, '{}')",
+            [tenant, NAMES[0], DIGEST, json.dumps({}), base, spec.model_dump_json()],
         )
         db.execute(
             "INSERT INTO adapter_alias (adapter_id, name, tenant_id, version_id)"

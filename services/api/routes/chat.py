@@ -40,7 +40,7 @@ async def make_order(state: ApiState, owner: KeyOwner, body: ChatRequest) -> Ord
     if tools and not state.base.renders_tools:
         raise InvalidRequestError("The model's chat template has no place for tools.", param="tools")
     prompt = await state.base.encode_chat([message.for_template() for message in body.messages], tools)
-    max_tokens = state.base.max_tokens(len(prompt), body.limit)
+    max_tokens = state.base.max_tokens(len(prompt), body.limit, target.num_virtual_tokens)
     return Order(
         kind="chatcmpl",
         target=target,

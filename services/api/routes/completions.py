@@ -29,7 +29,7 @@ async def create(
     target = await state.models.resolve(owner.tenant_id, body.model)
     prompts = [await encode(state.base, prompt) for prompt in body.prompts]
     for prompt in prompts:
-        state.base.max_tokens(len(prompt), body.limit)
+        state.base.max_tokens(len(prompt), body.limit, target.num_virtual_tokens)
     order = Order(
         kind="cmpl",
         target=target,
