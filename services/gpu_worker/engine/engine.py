@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.engine.batch import Batch, Timing
 from services.gpu_worker.engine.block_manager import BlockManager
+from services.gpu_worker.engine.memory import free_bytes
 from services.gpu_worker.engine.model_runner import ModelRunner, RunResult
 from services.gpu_worker.engine.profile import profile
 from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
@@ -19,11 +21,13 @@ from services.gpu_worker.engine.sequence import Logprob, Sampling, Sequence
 from services.gpu_worker.finetune.checkpoint import load_checkpoint, save_checkpoint
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
+from services.gpu_worker.finetune.policies import LayerPolicies, fit
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
 from services.gpu_worker.kernels.kv_cache import KVCache
-from services.gpu_worker.model.adapters import AdapterPool, LoraConfig
+from services.gpu_worker.model.adapters import AdapterPool
+from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens, projections
 from services.gpu_worker.model.peft_files import read_peft, write_peft
-from services.gpu_worker.model.transformer import Transformer
+from services.gpu_worker.model.transformer import VIRTUAL_TOKEN, Transformer
 from services.gpu_worker.model.weights import load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +49,7 @@ class EngineConfig:
     max_lora_rank: int = 128
     max_finetune_jobs: int = 4
     finetune_tokens_in_flight: int = 2048
-    activation_policy: str = "no_gu"
+    activation_bytes: int = 0  # of one job's training sequence; 0: a share of the free memory
     tpot_slo_ms: float = 250.0
     ttft_slo_ms: float = 2000.0
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -107,11 +111,13 @@ class Engine:
         longest = max(self.max_model_len, min(config.finetune_tokens_in_flight, weights.config.max_position))
         self.model = Transformer(weights, longest)
         self.cache = self._make_cache(device)
+        self.activation_bytes = config.activation_bytes or _activation_bytes(device, config.max_finetune_jobs)
         self.adapters = AdapterPool(config.max_adapters)
         self.runner = ModelRunner(self.model, self.cache, self.adapters)
         self.blocks = BlockManager(self.cache.num_blocks, config.block_size)
         largest = config.scheduler.max_num_batched_tokens + config.scheduler.finetune_window
-        latency = profile(self.runner, largest, config.activation_policy)
+        usual = LoraConfig(rank=16, alpha=16, targets=tuple(projections(self.model.config)))
+        latency = profile(self.runner, largest, self._policies(usual))
         self.scheduler = Scheduler(config.scheduler, self.blocks, latency)
         self._sequences: dict[str, Sequence] = {}
         self._jobs: dict[str, FinetuneJob] = {}
@@ -134,6 +140,18 @@ class Engine:
             dtype,
             device,
         )
+
+    def _policies(self, method: Method, dropout: bool = False) -> LayerPolicies:
+        """What a job of this method keeps, for its longest training sequence to stay within the budget."""
+        tokens = self.config.finetune_tokens_in_flight
+        compiled = CompiledMethod(
+            self.model.config,
+            method,
+            dtype=self.model.weights.dtype,
+            sequence_length=tokens,
+            dropout=dropout,
+        )
+        return fit(compiled, self.activation_bytes / tokens)
 
     # --- one iteration
 
@@ -174,7 +192,7 @@ class Engine:
             item.sampled.token if item.sampled else None,
             item.finish,
             item.sampled.logprob if item.sampled else None,
-            sequence.num_cached_tokens,
+            max(0, sequence.num_cached_tokens - sequence.num_virtual_tokens),
             sequence.prompt_logprobs if first and sequence.sampling.prompt_logprobs is not None else None,
         )
 
@@ -224,17 +242,19 @@ class Engine:
         `adapter` is the digest of a loaded adapter, pinned until the request ends. Raises InvalidRequest.
         """
         self._check(request_id, prompt, emitted or [], sampling, adapter)
+        virtual = self._num_virtual_tokens(adapter)
         if adapter is not None:
             self.adapters.pin(adapter)
         sequence = Sequence(
             request_id,
-            list(prompt) + (emitted or []),
-            len(prompt),
+            [VIRTUAL_TOKEN] * virtual + list(prompt) + (emitted or []),
+            virtual + len(prompt),
             sampling,
             adapter,
             _cache_seed(adapter, cache_salt),
             tpot_slo_ms or self.config.tpot_slo_ms,
             ttft_slo_ms or self.config.ttft_slo_ms,
+            virtual,
             arrival_s=time.monotonic(),
         )
         self._sequences[request_id] = sequence
@@ -253,12 +273,18 @@ class Engine:
             raise InvalidRequest(problem)
         if emitted and len(emitted) >= sampling.max_tokens:
             raise InvalidRequest(f"all {sampling.max_tokens} tokens have been generated already")
-        if len(prompt) + sampling.max_tokens > self.max_model_len:
-            raise InvalidRequest(
-                f"{len(prompt)} prompt tokens and {sampling.max_tokens} to generate exceed {self.max_model_len}"
-            )
         if adapter is not None and adapter not in self.adapters:
             raise InvalidRequest(f"adapter {adapter} is not loaded")
+        virtual = self._num_virtual_tokens(adapter)
+        if virtual + len(prompt) + sampling.max_tokens > self.max_model_len:
+            learned = f", {virtual} of the adapter" if virtual else ""
+            raise InvalidRequest(
+                f"{len(prompt)} prompt tokens{learned} and {sampling.max_tokens} to generate exceed "
+                f"{self.max_model_len}"
+            )
+
+    def _num_virtual_tokens(self, adapter: str | None) -> int:
+        return 0 if adapter is None else self.adapters.get(adapter).num_virtual_tokens
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees what it holds; unknown ids are ignored."""
@@ -278,8 +304,7 @@ class Engine:
             return
         if not self.adapters.can_load():
             raise InvalidRequest(f"all {self.adapters.capacity} adapter slots are in use")
-        limit, base = self.config.max_lora_rank, self.model.weights
-        self.adapters.load(digest, read_peft(self.model.config, files, limit, base.dtype, base.device))
+        self.adapters.load(digest, read_peft(self.model.weights, files, self.config.max_lora_rank))
 
     # --- jobs
 
@@ -290,7 +315,7 @@ class Engine:
         self,
         job_id: str,
         config: JobConfig,
-        lora: LoraConfig,
+        method: Method,
         training: Dataset,
         validation: Dataset | None = None,
         *,
@@ -298,22 +323,23 @@ class Engine:
         checkpoint: Mapping[str, bytes] | None = None,
     ) -> FinetuneJob:
         """Starts a job, or continues it from a checkpoint's files. Raises ValueError for what cannot run."""
-        if lora.rank > self.config.max_lora_rank:
-            raise ValueError(f"rank {lora.rank} exceeds {self.config.max_lora_rank}")
+        if isinstance(method, LoraConfig) and method.rank > self.config.max_lora_rank:
+            raise ValueError(f"rank {method.rank} exceeds {self.config.max_lora_rank}")
+        policies = self._policies(method, dropout=config.lora_dropout > 0)
         job = FinetuneJob(
             job_id,
             config,
-            examples_of(training),
-            examples_of(validation) if validation else None,
+            examples_of(training, method),
+            examples_of(validation, method) if validation else None,
             self.model.config.num_layers,
             min(self.config.finetune_tokens_in_flight, self.cache.num_blocks * self.config.block_size),
             weight,
+            trains_layers=policies.compiled.trains_layers,
         )
+        longest = self.model.max_position - num_virtual_tokens(method)
         for dataset in filter(None, (training, validation)):
-            dataset.check(self.model.config.vocab_size, self.model.max_position)
-        trainer = Trainer(
-            self.model, self.cache, job, lora, training, validation, self.config.activation_policy
-        )
+            dataset.check(self.model.config.vocab_size, longest)
+        trainer = Trainer(self.model, self.cache, job, training, validation, policies)
         if checkpoint is not None:
             load_checkpoint(trainer, checkpoint)
         self.runner.trainers[job_id] = trainer
@@ -340,7 +366,7 @@ class Engine:
     def export_job(self, job_id: str, base_model: str) -> dict[str, bytes]:
         """The job's adapter as PEFT's two files."""
         parameters = self.runner.trainers[job_id].parameters
-        return write_peft(self.model.config, parameters.weights.config, base_model, parameters.masters())
+        return write_peft(self.model.config, parameters.weights.method, base_model, parameters.masters)
 
     def trained_tokens(self, job_id: str) -> int:
         return self.runner.trainers[job_id].trained_tokens
@@ -367,6 +393,11 @@ def _cache_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.6)
     return 1 << 30
+
+
+def _activation_bytes(device: torch.device, num_jobs: int) -> int:
+    """What one job's activations may take where nobody said: its part of half of what is free."""
+    return free_bytes(device) // 2 // max(1, num_jobs)
 
 
 def _cache_seed(adapter: str | None, salt: str) -> bytes:

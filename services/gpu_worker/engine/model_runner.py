@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from services.gpu_worker.compiler.programs import ForwardPrograms
 from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Sampled, Timing
 from services.gpu_worker.engine.sampler import logprob_entry, sample
 from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.finetune.trainer import StepReport, Trainer
 from services.gpu_worker.kernels.attention import causal_mask, length_mask
 from services.gpu_worker.kernels.kv_cache import KVCache
-from services.gpu_worker.model.adapters import AdapterPool
+from services.gpu_worker.model.adapters import AdapterPool, AdapterWeights
 from services.gpu_worker.model.context import (
     AdapterRun,
     Capture,
     ForwardContext,
     PagedDecode,
     PagedWindow,
+    VirtualRows,
     WindowPart,
 )
 from services.gpu_worker.model.transformer import Transformer
@@ -57,6 +59,7 @@ class ModelRunner:
         self.cache = cache
         self.adapters = adapters
         self.trainers: dict[str, Trainer] = {}
+        self._programs = ForwardPrograms(model.config)
 
     @property
     def device(self) -> torch.device:
@@ -113,16 +116,24 @@ class ModelRunner:
             self.cache.clear(entered)
         tokens, context = self._context(rows)
         hidden = self.model.forward(tokens, self.cache, context)
+        result.sampled = self._sample(rows, hidden)
         for work, span in rows.forwards:
             finish = partial(self._finish_window, work, hidden[span], result)
             self._guarded(work.job.job_id, result, finish)
         for chunk, span in rows.chunks:
             if chunk.sequence.sampling.prompt_logprobs is not None:
                 self._prompt_logprobs(chunk, hidden[span])
+
+    def _sample(self, rows: _Rows, hidden: Tensor) -> list[Sampled]:
         done = [(chunk.sequence, span.stop - 1) for chunk, span in rows.chunks if chunk.samples]
-        if done:
-            logits = self.model.logits(hidden[[row for _, row in done]])
-            result.sampled = sample(logits, [sequence for sequence, _ in done])
+        if not done:
+            return []
+        sequences = [sequence for sequence, _ in done]
+        runs = _runs((i, i + 1, self._adapter(sequence)) for i, sequence in enumerate(sequences))
+        return sample(self.model.logits(hidden[[row for _, row in done]], runs), sequences)
+
+    def _adapter(self, sequence: Sequence) -> AdapterWeights | None:
+        return None if sequence.adapter is None else self.adapters.get(sequence.adapter)
 
     def _begin(self, forwards: list[JobWindow], result: RunResult) -> list[JobWindow]:
         """Takes the training sequences that start here in hand; leaves out jobs that cannot."""
@@ -186,12 +197,16 @@ class ModelRunner:
                 windows.append(self._prompt_window(chunk, span))
         tokens.append(torch.tensor(flat, dtype=torch.int64, device=self.device))
         positions.append(torch.tensor(places, dtype=torch.int64, device=self.device))
+        runs = self._adapter_runs(rows)
+        sites = frozenset().union(*(run.weights.sites for run in runs))
+        kept = frozenset().union(*(self._trainer(work).policies.reserve.labels for work, _ in rows.forwards))
         context = ForwardContext(
             positions=torch.cat(positions),
             slots=self.cache.slots(blocks, offsets),
+            program=self._programs.get(sites, kept if captures else frozenset()),
             windows=windows,
             decode=self._decode(rows.decodes) if rows.decodes else None,
-            adapters=self._adapter_runs(rows),
+            adapters=runs,
             captures=captures,
         )
         return torch.cat(tokens), context
@@ -222,17 +237,26 @@ class ModelRunner:
         return PagedDecode(rows, self.cache.pages(tables), mask)
 
     def _adapter_runs(self, rows: _Rows) -> list[AdapterRun]:
-        """Runs of neighbouring rows with the same adapter; rows of the base model are in none."""
-        runs = [self._trainer(work).adapter_run(work.window, span.start) for work, span in rows.forwards]
+        """Of training windows each its own; of requests runs of neighbouring rows with the same adapter."""
+        training = [self._trainer(work).adapter_run(work.window, span.start) for work, span in rows.forwards]
+        serving = _runs((span.start, span.stop, self._adapter(c.sequence)) for c, span in rows.chunks)
+        for run in serving:
+            if run.weights.num_virtual_tokens:
+                run.virtual = self._virtual_rows(run, rows)
+        return training + serving
+
+    def _virtual_rows(self, run: AdapterRun, rows: _Rows) -> VirtualRows | None:
+        places, tokens = [], []
         for chunk, span in rows.chunks:
-            if chunk.sequence.adapter is None:
-                continue
-            weights = self.adapters.get(chunk.sequence.adapter)
-            if runs and runs[-1].end == span.start and runs[-1].weights is weights:
-                runs[-1].end = span.stop
-            else:
-                runs.append(AdapterRun(span.start, span.stop, weights))
-        return runs
+            if run.start <= span.start < run.end:
+                virtual = range(chunk.start, min(chunk.start + chunk.num_tokens, run.weights.num_virtual_tokens))
+                places += [span.start + token - chunk.start for token in virtual]
+                tokens += virtual
+        if not places:
+            return None
+        return VirtualRows(
+            torch.tensor(places, device=self.device), torch.tensor(tokens, device=self.device)
+        )
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
         """Row i predicts token i + 1 of the prompt; the first token has no prediction."""
@@ -240,13 +264,29 @@ class ModelRunner:
         assert sequence.sampling.prompt_logprobs is not None
         if chunk.start == 0:
             sequence.prompt_logprobs = [None]
-        count = max(0, min(chunk.num_tokens, sequence.num_prompt_tokens - 1 - chunk.start))
-        predicted = sequence.tokens[chunk.start + 1 : chunk.start + 1 + count]
+        first = max(chunk.start, sequence.num_virtual_tokens)
+        last = min(chunk.start + chunk.num_tokens, sequence.num_prompt_tokens - 1)
+        count, predicted = max(0, last - first), sequence.tokens[first + 1 : last + 1]
+        hidden, adapter = hidden[first - chunk.start :], self._adapter(sequence)
         for start in range(0, count, LOGPROB_ROWS):
-            logits = self.model.logits(hidden[start : min(start + LOGPROB_ROWS, count)])
+            piece = hidden[start : min(start + LOGPROB_ROWS, count)]
+            logits = self.model.logits(piece, _runs([(0, len(piece), adapter)]))
             for row, token in zip(torch.log_softmax(logits, -1), predicted[start:], strict=False):
                 entry = logprob_entry(row, token, sequence.sampling.prompt_logprobs)
                 sequence.prompt_logprobs.append(entry)
+
+
+def _runs(spans: Iterable[tuple[int, int, AdapterWeights | None]]) -> list[AdapterRun]:
+    """(first row, end, adapter) of neighbours, joined where they share an adapter; the base model's are in none."""
+    runs: list[AdapterRun] = []
+    for start, end, weights in spans:
+        if weights is None:
+            continue
+        if runs and runs[-1].end == start and runs[-1].weights is weights:
+            runs[-1].end = end
+        else:
+            runs.append(AdapterRun(start, end, weights))
+    return runs
 
 
 def _entered_blocks(rows: _Rows, block_size: int) -> list[int]:

@@ -17,19 +17,20 @@ from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Window
 from services.gpu_worker.finetune.loss import LossSum, window_loss
 from services.gpu_worker.finetune.trainer import Trainer, examples_of
-from services.gpu_worker.model.adapters import LoraConfig, projections
+from services.gpu_worker.finetune.policies import LayerPolicies
 
 REPEATS = 3
 NUM_DECODES = 8
 ENOUGH_MS = 200.0  # what takes longer is not repeated: small disturbances do not matter there
 
 
-def profile(runner: ModelRunner, longest: int, policy: str) -> LatencyModel:
-    """Curves up to `longest` tokens. Uses the first blocks of the cache; nothing may be in them yet."""
+def profile(runner: ModelRunner, longest: int, policies: LayerPolicies) -> LatencyModel:
+    """Curves up to `longest` tokens, of the backward for a job with these policies. Uses the first blocks of
+    the cache; nothing may be in them yet."""
     capacity = runner.cache.num_blocks * runner.cache.block_size
     limit = min(longest, capacity, runner.model.max_position)
     sizes = [size for size in PROFILE_SIZES if size < limit] + [limit]
-    trainer = _trainer(runner, limit, policy)
+    trainer = _trainer(runner, limit, policies)
     last = runner.model.config.num_layers - 1  # the first layer's backward ends early
 
     def forward(num_sequences: int, start: int, end: int) -> float:
@@ -83,15 +84,15 @@ def _loss(runner: ModelRunner, num_tokens: int) -> None:
     window_loss(runner.model, hidden, labels, LossSum.zero(weights.device), 1.0, torch.empty_like(hidden))
 
 
-def _trainer(runner: ModelRunner, num_tokens: int, policy: str) -> Trainer:
+def _trainer(runner: ModelRunner, num_tokens: int, policies: LayerPolicies) -> Trainer:
     """A job of one example whose forward is skipped: the backward's time does not depend on values."""
     tokens = np.zeros(num_tokens, np.int32)
     dataset = Dataset(tokens, np.ones(num_tokens, np.uint8), np.array([0, num_tokens]))
-    config = runner.model.config
-    job = FinetuneJob("profile", JobConfig(), examples_of(dataset), None, config.num_layers, num_tokens)
+    examples = examples_of(dataset, policies.compiled.method)
+    num_layers = runner.model.config.num_layers
+    job = FinetuneJob("profile", JobConfig(), examples, None, num_layers, num_tokens)
     job.blocks = list(range(-(-num_tokens // runner.cache.block_size)))
-    lora = LoraConfig(rank=16, alpha=16, targets=tuple(projections(config)))
-    trainer = Trainer(runner.model, runner.cache, job, lora, dataset, None, policy)
+    trainer = Trainer(runner.model, runner.cache, job, dataset, None, policies)
     trainer.begin(job.sequence)
     trainer.store.clear()
     return trainer

@@ -53,7 +53,7 @@ def penalise(logits: Tensor, sequence: Sequence) -> Tensor:
     """Repetition counts prompt and output; presence and frequency the output alone; the bias comes last."""
     sampling, logits = sequence.sampling, logits.clone()
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.tokens)), device=logits.device)
+        seen = torch.tensor(sorted(set(sequence.tokens[sequence.num_virtual_tokens :])), device=logits.device)
         values = logits[seen]
         factor = sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / factor, values * factor)

@@ -74,6 +74,7 @@ class Sequence:
     cache_seed: bytes | None = b""  # start of the prefix cache's hash chain; None: neither read nor written
     tpot_slo_ms: float = 250.0
     ttft_slo_ms: float = 2000.0
+    num_virtual_tokens: int = 0  # in front of the prompt and counted with it; they have no id
     arrival_s: float = 0.0
     last_token_s: float | None = None  # monotonic time of the newest token
     num_computed_tokens: int = 0

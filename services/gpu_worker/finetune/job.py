@@ -103,6 +103,7 @@ class FinetuneJob:
     num_layers: int
     max_tokens_in_flight: int
     weight: float = 1.0
+    trains_layers: bool = True  # else the loss alone has gradients, and nothing goes backward
     step: int = 0  # optimizer steps done
     phase: Phase = Phase.FORWARD
     position: int = 0  # forward: next token; backward: end of the next window
@@ -219,7 +220,7 @@ class FinetuneJob:
         self.position = window.end
         if self.position < self.sequence.num_tokens:
             return
-        if self.sequence.evaluation:
+        if self.sequence.evaluation or not self.trains_layers:
             self._next_sequence()
         else:
             self.phase, self.layer = Phase.BACKWARD, self.num_layers - 1

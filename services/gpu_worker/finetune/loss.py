@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.gpu_worker.kernels.cross_entropy import linear_cross_entropy
+from services.gpu_worker.kernels.cross_entropy import LowRankHead, linear_cross_entropy
 from services.gpu_worker.kernels.norm_rope import rms_norm_backward
 from services.gpu_worker.model.transformer import Transformer
 
@@ -37,11 +37,13 @@ def window_loss(
     total: LossSum,
     denominator: float,
     d_hidden: Tensor | None,
+    low_rank: LowRankHead | None = None,
 ) -> None:
     """Adds a window's loss to `total` and writes the gradient of (sum of losses) / `denominator`.
 
     `hidden` [n, D] as `Transformer.forward` returns it, `labels` int64 [n] with -100 for rows without one,
-    which skip the head; `d_hidden` [n, D] is overwritten, or None for an evaluation.
+    which skip the head; `d_hidden` [n, D] is overwritten, or None for an evaluation. `low_rank` is the adapter's
+    part of the head.
     """
     rows = (labels != -100).nonzero()[:, 0]
     if d_hidden is not None:
@@ -51,7 +53,12 @@ def window_loss(
     chosen = hidden[rows]
     weights = model.weights
     result = linear_cross_entropy(
-        model.final_norm(chosen), weights.head, labels[rows], denominator, with_gradient=d_hidden is not None
+        model.final_norm(chosen),
+        weights.head,
+        labels[rows],
+        denominator,
+        with_gradient=d_hidden is not None,
+        low_rank=low_rank,
     )
     total.loss = total.loss + result.loss_sum
     total.num_correct = total.num_correct + result.num_correct

@@ -1,59 +1,48 @@
-"""A LoRA job's trainable parameters: one flat float32 master, its gradient, AdamW, and the copy that computes."""
+"""A job's trainable parameters: one flat float32 master, its gradient, AdamW, and the copy that computes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.kernels.lora import BlockGradient
+from services.gpu_worker.kernels.bypass import BlockGradient, ScaledGradient
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
-from services.gpu_worker.model.adapters import GROUPS, LoraConfig, LoraWeights, Projection
-from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.adapters import AdapterWeights, Key
+from services.gpu_worker.model.parameters import Parameter, initial
+from services.gpu_worker.model.peft import (
+    GROUPS,
+    BottleneckConfig,
+    LoraConfig,
+    Method,
+    PrefixConfig,
+    projections,
+)
+from services.gpu_worker.model.weights import ModelWeights
 
 STATE = {"masters", "step", "exp_avg", "exp_avg_sq"}  # before the first step the masters alone
-Take = Callable[[int, int], tuple[Tensor, Tensor]]  # rows, columns -> views of master and gradient
 
 
-@dataclass(frozen=True, slots=True)
-class GroupGradient:
-    """Accumulators of one fused linear: the stacked A and each projection's B."""
-
-    a: Tensor
-    b: tuple[BlockGradient, ...]
-
-
-class LoraParameters:
+class TrainableParameters:
     """Masters and gradients are views of two flat tensors, so that clipping, AdamW and checkpoints see one.
 
-    The flat order is: for each layer and fused linear, the stacked A, then each projection's B.
+    `accumulators[layer]` is what a backward program sums gradients into, under the names that it uses.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        lora: LoraConfig,
-        job: JobConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.weights = LoraWeights(model, lora, dtype, device)
-        self._job = job
-        wide = accumulation_dtype(dtype)
-        size = sum(
-            lora.rank * (projection.in_features + projection.out_features)
-            for projection, _ in self.weights.blocks.values()
-        )
-        self.flat = torch.zeros(size * model.num_layers, dtype=wide, device=device)
+    def __init__(self, base: ModelWeights, method: Method, job: JobConfig) -> None:
+        self.weights = AdapterWeights(base, method)
+        self._base, self._method, self._job = base, method, job
+        size = sum(parameter.numel for parameter in self.weights.parameters)
+        self.flat = torch.zeros(size, dtype=accumulation_dtype(base.dtype), device=base.device)
         self.grad = torch.zeros_like(self.flat)
-        self._masters: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-        self.gradients: list[dict[str, GroupGradient]] = []
-        self._slice(model.num_layers)
-        self._reset_masters(job.seed)
+        self._starts: dict[Key, int] = {}
+        self.masters: dict[Key, Tensor] = {}  # views: write through them and `refresh`
+        self.gradients: dict[Key, Tensor] = {}
+        self._slice()
+        self._reset_masters()
         self._optimizer = torch.optim.AdamW(
             [self.flat],
             lr=job.learning_rate,
@@ -63,49 +52,81 @@ class LoraParameters:
         )
         self.refresh()
 
-    def _slice(self, num_layers: int) -> None:
-        offset = 0
+    @property
+    def size_bytes(self) -> int:
+        """Masters, gradients, AdamW's two moments, and the copy that computes."""
+        return 4 * self.flat.numel() * self.flat.element_size() + self.weights.size_bytes
 
-        def take(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-            nonlocal offset
-            span = slice(offset, offset + rows * columns)
-            offset = span.stop
-            return self.flat[span].view(rows, columns), self.grad[span].view(rows, columns)
+    def _slice(self) -> None:
+        start = 0
+        for parameter in self.weights.parameters:
+            key, span = (parameter.layer, parameter.key), slice(start, start + parameter.numel)
+            self._starts[key], start = start, span.stop
+            self.masters[key] = self.flat[span].view(parameter.shape)
+            self.gradients[key] = self.grad[span].view(parameter.shape)
 
-        for layer in range(num_layers):
-            self.gradients.append({})
-            for group in GROUPS:
-                members = [(n, *block) for n, block in self.weights.blocks.items() if block[0].group == group]
-                if members:
-                    self.gradients[layer][group] = self._slice_group(layer, members, take)
-
-    def _slice_group(
-        self, layer: int, members: list[tuple[str, Projection, slice]], take: Take
-    ) -> GroupGradient:
-        a, grad_a = take(members[-1][2].stop, members[0][1].in_features)
-        blocks = []
-        for name, projection, columns in members:
-            b, grad_b = take(projection.out_features, self.weights.config.rank)
-            self._masters[layer, name] = (a[columns], b)
-            blocks.append(BlockGradient(projection.rows, columns, self.weights.config.scaling, grad_b))
-        return GroupGradient(grad_a, tuple(blocks))
-
-    def _reset_masters(self, seed: int) -> None:
-        """PEFT's default start: A uniform in ±1/sqrt(in), B zero; drawn on the CPU, the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        for a, b in self._masters.values():
-            bound = 1 / math.sqrt(a.shape[1])
-            a.copy_(torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
-            b.zero_()
-
-    def masters(self) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
-        """(layer, target) -> A [r, in], B [out, r] without the scaling; views, write through them and `refresh`."""
-        return self._masters
+    def _reset_masters(self) -> None:
+        """Drawn on the CPU: the same on every device."""
+        generator = torch.Generator().manual_seed(self._job.seed)
+        for parameter in self.weights.parameters:
+            master = self.masters[parameter.layer, parameter.key]
+            if parameter.role == "magnitude":
+                assert parameter.layer is not None
+                projection = projections(self._base.config)[parameter.module]
+                master.copy_(self.weights.row_lengths(parameter.layer, projection))
+            else:
+                master.copy_(initial(parameter, generator, self._base.embedding))
 
     def refresh(self) -> None:
         """Rounds the masters into the weights that forward and backward compute with."""
-        for (layer, name), (a, b) in self._masters.items():
-            self.weights.set(layer, name, a, b)
+        self.weights.load(self.masters)
+        self.accumulators = [self._accumulators(layer) for layer in range(self._base.config.num_layers)]
+
+    # --- accumulators
+
+    def _accumulators(self, layer: int) -> dict[str, Any]:
+        if isinstance(self._method, LoraConfig):
+            return self._low_rank(layer, self._method)
+        if isinstance(self._method, PrefixConfig):
+            width = self._base.config.kv_size
+            own = self.gradients[None, "prefix.rows"][:, 2 * layer * width : 2 * (layer + 1) * width]
+            return {"prefix": (own[:, :width], own[:, width:])}
+        found: dict[str, Any] = {}
+        for parameter in self.weights.parameters:
+            if parameter.layer == layer:
+                found[parameter.key] = self._accumulator(parameter)
+        return found
+
+    def _accumulator(self, parameter: Parameter) -> Tensor | ScaledGradient:
+        grad = self.gradients[parameter.layer, parameter.key]
+        if not isinstance(self._method, BottleneckConfig):
+            return grad
+        return ScaledGradient(grad, self._method.scaling if parameter.role.startswith("up") else 1.0)
+
+    def _low_rank(self, layer: int, lora: LoraConfig) -> dict[str, Any]:
+        """A fused linear's A's as one, each B for itself, and DoRA's magnitudes."""
+        found: dict[str, Any] = {}
+        for group in GROUPS:
+            members = [
+                p for p in projections(self._base.config).values() if p.group == group and p.name in lora.targets
+            ]
+            if not members:
+                continue
+            start = self._starts[layer, f"{members[0].name}.a"]
+            shape = len(members) * lora.rank, members[0].in_features
+            found[f"{group}.a"] = self.grad[start : start + math.prod(shape)].view(shape)
+            found[f"{group}.b"] = tuple(
+                BlockGradient(
+                    p.rows, self.weights.columns[p.name], lora.scaling, self.gradients[layer, f"{p.name}.b"]
+                )
+                for p in members
+            )
+            for p in members if lora.dora else ():
+                key = layer, f"{p.name}.magnitude"
+                found[key[1]] = ScaledGradient(self.gradients[key], self.weights.inverse_norms[key])
+        return found
+
+    # --- steps
 
     def step(self, learning_rate: float) -> float | None:
         """Clips, moves and clears the gradient. Returns its norm before clipping, or None when it was not

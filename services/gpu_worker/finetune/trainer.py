@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.finetune.activations import ActivationStore
-from services.gpu_worker.finetune.backward import GradientState, LayerBackward
+from services.gpu_worker.finetune.backward import BackwardContext, GradientState
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import Examples, FinetuneJob, TrainingSequence, Window
 from services.gpu_worker.finetune.loss import LossSum, window_loss
-from services.gpu_worker.finetune.optimizer import LoraParameters
+from services.gpu_worker.finetune.optimizer import TrainableParameters
+from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.kernels.attention import causal_mask
+from services.gpu_worker.kernels.cross_entropy import LowRankHead
 from services.gpu_worker.kernels.dropout import Dropout
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
-from services.gpu_worker.model.adapters import LoraConfig
-from services.gpu_worker.model.context import AdapterRun, PagedWindow, WindowPart
-from services.gpu_worker.model.transformer import Transformer
+from services.gpu_worker.model.context import AdapterRun, Capture, PagedWindow, VirtualRows, WindowPart
+from services.gpu_worker.model.peft import EMBEDDING, HEAD, LoraConfig, Method, num_virtual_tokens
+from services.gpu_worker.model.transformer import VIRTUAL_TOKEN, Transformer
 
 MAX_SKIPPED_STEPS = 3  # non-finite gradients in a row before a job is given up
 MAX_CACHED_WINDOWS = 32  # of one sequence: layers are cut alike where time is no issue, and masks are large
@@ -44,8 +46,10 @@ class StepReport:
     num_tokens: int = 0
 
 
-def examples_of(dataset: Dataset) -> Examples:
-    return Examples(dataset.lengths(), dataset.num_targets())
+def examples_of(dataset: Dataset, method: Method) -> Examples:
+    """Lengths as the method makes them: virtual tokens stand in front of every example."""
+    extra = num_virtual_tokens(method)
+    return Examples([length + extra for length in dataset.lengths()], dataset.num_targets())
 
 
 class Trainer:
@@ -56,18 +60,16 @@ class Trainer:
         model: Transformer,
         cache: KVCache,
         job: FinetuneJob,
-        lora: LoraConfig,
         training: Dataset,
         validation: Dataset | None,
-        policy: str,
+        policies: LayerPolicies,
     ) -> None:
         self.job = job
-        self.parameters = LoraParameters(
-            model.config, lora, job.config, model.weights.dtype, model.weights.device
-        )
+        self.policies = policies
+        self.parameters = TrainableParameters(model.weights, policies.compiled.method, job.config)
         self.trained_tokens = 0
         self.skipped_steps = 0  # in a row
-        self._model, self._cache, self._policy = model, cache, policy
+        self._model, self._cache = model, cache
         self._training, self._validation = training, validation
         self._restarts = 0  # of the job, when its gradients were last dropped
         self._store: ActivationStore | None = None
@@ -77,6 +79,10 @@ class Trainer:
         self._dropout: Dropout | None = None
         self._tokens = self._labels = self._positions = torch.empty(0, dtype=torch.int64)
         self._windows: dict[tuple[int, int], PagedWindow] = {}
+
+    @property
+    def method(self) -> Method:
+        return self.policies.compiled.method
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +105,8 @@ class Trainer:
             self._drop_step()
         dataset = self._validation if sequence.evaluation else self._training
         assert dataset is not None
-        examples = [dataset.example(i) for i in sequence.examples]
+        extra = num_virtual_tokens(self.method)
+        examples = [_with_virtual(*dataset.example(i), extra) for i in sequence.examples]
         self._sequence = sequence
         self._tokens = self._to_device(np.concatenate([tokens for tokens, _ in examples]).astype(np.int64))
         self._labels = self._to_device(np.concatenate([labels for _, labels in examples]))
@@ -123,7 +130,8 @@ class Trainer:
         config, weights = self._model.config, self._model.weights
         if self._store is None or self._store.capacity < num_tokens:
             self._store = None  # before the larger one is made: both at once may not fit
-            self._store = ActivationStore(config, self._policy, num_tokens, weights.dtype, self.device)
+            wide, reserve = accumulation_dtype(weights.dtype), self.policies.reserve
+            self._store = ActivationStore(reserve, num_tokens, weights.dtype, wide, self.device)
             self._dx = torch.empty(num_tokens, config.hidden_size, dtype=weights.dtype, device=self.device)
         shape = (config.num_kv_heads, num_tokens, config.head_dim)
         wide = accumulation_dtype(weights.dtype)
@@ -141,8 +149,25 @@ class Trainer:
 
     def adapter_run(self, window: Window, first_row: int) -> AdapterRun:
         """The job's adapter for the window's rows, which start at `first_row` of the stream."""
-        last_row = first_row + window.num_tokens
-        return AdapterRun(first_row, last_row, self.parameters.weights, self._dropout, window.start)
+        assert self._sequence is not None
+        rows = slice(first_row, first_row + window.num_tokens)
+        return AdapterRun(
+            rows.start,
+            rows.stop,
+            self.parameters.weights,
+            self._dropout,
+            window.start,
+            self._virtual_rows(window, first_row),
+            None if self._sequence.evaluation else Capture(rows, self.store, window.start),
+        )
+
+    def _virtual_rows(self, window: Window, first_row: int) -> VirtualRows | None:
+        extra = num_virtual_tokens(self.method)
+        if not extra:
+            return None
+        positions = self.positions(window)
+        rows = (positions < extra).nonzero()[:, 0]
+        return VirtualRows(rows + first_row, positions[rows])
 
     def paged(self, window: Window) -> PagedWindow:
         """Which keys the window's rows (counted from 0) read; the same for every layer."""
@@ -180,15 +205,61 @@ class Trainer:
             d_hidden = self._gradients.dx[window.start : window.end]
         labels = self._labels[window.start : window.end]
         denominator = 1.0 if evaluation else float(self.job.denominator)
-        window_loss(self._model, hidden, labels, self._total, denominator, d_hidden)
+        window_loss(self._model, hidden, labels, self._total, denominator, d_hidden, self._head())
 
+    def _head(self) -> LowRankHead | None:
+        pair = self.parameters.weights.low_rank(HEAD)
+        if pair is None or not isinstance(self.method, LoraConfig):
+            return None
+        gradients = self.parameters.gradients
+        return LowRankHead(
+            *pair, self.method.scaling, gradients[None, f"{HEAD}.a"], gradients[None, f"{HEAD}.b"]
+        )
+
+    @torch.no_grad()
     def backward(self, window: Window) -> None:
+        """Replaces the gradient of the window's rows by that of the layer's input; adds to the parameters'."""
         assert window.layer is not None and self._sequence is not None and self._gradients is not None
         if window.end == self._sequence.num_tokens:
             self._gradients.begin_layer()
-        run = self.adapter_run(window, 0)
-        layer = LayerBackward(self._model, self._cache, self.parameters, self.store, window.layer, run)
-        layer.run(window.start, self.positions(window), self.paged(window), self._gradients)
+        tokens = slice(window.start, window.end)
+        paged, state = self.paged(window), self._gradients
+        keys, values = self._cache.gather(window.layer, paged.pages, 1)
+        context = BackwardContext(
+            window.layer,
+            tokens,
+            self._model.rotation(self.positions(window)),
+            paged,
+            self.adapter_run(window, 0),
+            keys,
+            values,
+            state,
+        )
+        dx = self.policies.program(window.layer)(
+            state.dx[tokens],
+            self._model.weights.layers[window.layer],
+            context,
+            self.parameters.weights.layers[window.layer],
+            self.parameters.accumulators[window.layer],
+            self.store.window(window.layer, tokens),
+        )
+        if dx is not None:
+            state.dx[tokens] = dx
+        if window.layer == 0:
+            self._accumulate_below(window, context)
+
+    def _accumulate_below(self, window: Window, context: BackwardContext) -> None:
+        """Gradients of what the first layer's input was made from: prompts and the embedding's low-rank part."""
+        parameters, dx = self.parameters, context.state.dx[context.tokens]
+        if (None, "prompt.rows") in parameters.gradients:
+            context.accumulate_virtual(parameters.gradients[None, "prompt.rows"], dx)
+        pair = parameters.weights.low_rank(EMBEDDING)
+        if pair is not None and isinstance(self.method, LoraConfig):
+            tokens, (a, b) = self.tokens(window), pair
+            wide = parameters.grad.dtype
+            grad_a, grad_b = (parameters.gradients[None, f"{EMBEDDING}.{role}"] for role in "ab")
+            grad_a.index_add_(1, tokens, (dx @ b).T.to(wide))
+            grad_b.add_((dx.T @ a[:, tokens].T).to(wide), alpha=self.method.scaling)
 
     # --- steps
 
@@ -222,3 +293,9 @@ class Trainer:
         self._restarts = self.job.restarts
         self.parameters.grad.zero_()
         self._total = LossSum.zero(self.device)
+
+
+def _with_virtual(tokens: np.ndarray, labels: np.ndarray, extra: int) -> tuple[np.ndarray, np.ndarray]:
+    """An example behind `extra` virtual tokens, none of which predicts anything."""
+    front = np.full(extra, VIRTUAL_TOKEN, tokens.dtype), np.full(extra, -100, labels.dtype)
+    return np.concatenate([front[0], tokens]), np.concatenate([front[1], labels])

@@ -54,12 +54,12 @@ def window_attention(q_NHE: Tensor, keys: Tensor, values: Tensor, mask: Tensor) 
     """The last N tokens of a sequence against its S keys.
 
     `keys`, `values` [G, S, E], `mask` from `causal_mask`. Returns the output [N, H * E] and the natural
-    log-sum-exp of the scaled scores [H, N], which `window_attention_backward` reads instead of probabilities.
+    log-sum-exp of the scaled scores [N, H], which `window_attention_backward` reads instead of probabilities.
     """
     n, h, _ = q_NHE.shape
     attend = _flash if q_NHE.device.type == "cpu" else _math
     out, lse = attend(group_heads(q_NHE, keys.shape[0]), keys, values, mask)
-    return ungroup_heads(out, n).flatten(1), lse.reshape(h, n)
+    return ungroup_heads(out, n).flatten(1), lse.reshape(h, n).T
 
 
 def _flash(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 
 
 def window_attention_backward(
-    d_out: Tensor, q_NHE: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse_HN: Tensor, mask: Tensor
+    d_out: Tensor, q_NHE: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse_NH: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`d_out`, `out` [N, H * E]; `keys`, `values` [G, S, E]; the rest as the forward had and gave them.
 
@@ -22,7 +22,7 @@ def window_attention_backward(
     g = keys.shape[0]
     q, do, o = (group_heads(t.reshape(n, h, e), g) for t in (q_NHE, d_out, out))
     backward = _flash_backward if q.device.type == "cpu" else _math_backward
-    dq, dk, dv = backward(do, q, keys, values, o, lse_HN.reshape(g, -1), mask)
+    dq, dk, dv = backward(do, q, keys, values, o, lse_NH.T.reshape(g, -1), mask)
     return ungroup_heads(dq, n), dk, dv
 
 

@@ -41,16 +41,13 @@ def rope_backward(dy_NHE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
     return dy_NHE * cos_NE[:, None] + torch.cat((scaled[..., half:], -scaled[..., :half]), -1)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` for the concatenation `[N, 2F]` of both."""
-    gate, up = gate_up.chunk(2, -1)
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, [N, F] each."""
     return torch.nn.functional.silu(gate) * up
 
 
-def silu_mul_backward(dy_NF: Tensor, gate_up: Tensor) -> Tensor:
-    """Gradient of `silu_mul` with respect to `gate_up`."""
-    gate, up = gate_up.chunk(2, -1)
+def silu_mul_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `silu_mul` with respect to `gate` and `up`."""
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
-    d_gate = dy_NF * up * (sigmoid + silu * (1 - sigmoid))
-    return torch.cat((d_gate, dy_NF * silu), -1)
+    return dy * up * (sigmoid + silu * (1 - sigmoid)), dy * silu

@@ -1,129 +1,213 @@
-"""LoRA adapters on the device: many at once, of any rank and any choice of targets."""
+"""Adapters on the device, in the layout that the layers compute with: many at once, of any method."""
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from services.gpu_worker.kernels.bypass import Bottleneck, Bypass
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
-from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.parameters import Parameter, parameters
+from services.gpu_worker.model.peft import (
+    EMBEDDING,
+    HEAD,
+    BottleneckConfig,
+    LoraConfig,
+    Method,
+    Projection,
+    check_method,
+    num_virtual_tokens,
+    projections,
+)
+from services.gpu_worker.model.weights import ModelWeights
 
-GROUPS = ("qkv", "o", "gate_up", "down")  # the fused linears of a layer, in the order of the forward
-
-
-class InvalidAdapter(ValueError):
-    """The adapter's files do not fit the base model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """One linear that a checkpoint names, as rows of a fused one."""
-
-    name: str  # q_proj ... down_proj
-    path: str  # under `model.layers.<i>.`
-    group: str
-    rows: slice  # of the fused linear's output
-    in_features: int
-
-    @property
-    def out_features(self) -> int:
-        return int(self.rows.stop - self.rows.start)
+Key = tuple[int | None, str]  # of a Parameter: (layer, key)
+NORM_ROWS = 1024  # of a weight that exist in float32 at a time
 
 
-def projections(config: ModelConfig) -> dict[str, Projection]:
-    """Every linear that a LoRA may sit on, by its short name."""
-    d, q, kv, f = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
-    rows = [
-        ("q_proj", "self_attn.q_proj", "qkv", slice(0, q), d),
-        ("k_proj", "self_attn.k_proj", "qkv", slice(q, q + kv), d),
-        ("v_proj", "self_attn.v_proj", "qkv", slice(q + kv, q + 2 * kv), d),
-        ("o_proj", "self_attn.o_proj", "o", slice(0, d), q),
-        ("gate_proj", "mlp.gate_proj", "gate_up", slice(0, f), d),
-        ("up_proj", "mlp.up_proj", "gate_up", slice(f, 2 * f), d),
-        ("down_proj", "mlp.down_proj", "down", slice(0, d), f),
-    ]
-    return {row[0]: Projection(*row) for row in rows}
+class AdapterWeights:
+    """One adapter: for each layer the bypass of each fused linear, and what lies outside the layers.
 
-
-def group_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) features of each fused linear."""
-    d, q, kv, f = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
-    return {"qkv": (q + 2 * kv, d), "o": (d, q), "gate_up": (2 * f, d), "down": (d, f)}
-
-
-@dataclass(frozen=True, slots=True)
-class LoraConfig:
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    rslora: bool = False
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InvalidAdapter(f"rank {self.rank} is not positive")
-        if not math.isfinite(self.alpha):
-            raise InvalidAdapter(f"lora_alpha {self.alpha} is not a finite number")
-        if not self.targets:
-            raise InvalidAdapter("no target modules")
-
-
-class LoraWeights:
-    """One adapter in the layout that the layers compute with.
-
-    `layers[i][group]` is the pair A [R, in] (the group's projections stacked) and B [out, R] (block-diagonal,
-    scaling included), or is absent where no projection of the group is a target.
+    Values are set from a method's parameters by `load`; scalings are folded in.
     """
 
-    def __init__(
-        self, config: ModelConfig, lora: LoraConfig, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        unknown = set(lora.targets) - projections(config).keys()
-        if unknown:
-            raise InvalidAdapter(f"the model has no target {sorted(unknown)[0]!r}")
-        self.config = lora
-        self.blocks: dict[str, tuple[Projection, slice]] = {}  # target -> where, and its columns of the stack
-        stacked: dict[str, int] = {}
-        for name, projection in projections(config).items():
-            if name in lora.targets:
-                start = stacked.get(projection.group, 0)
-                stacked[projection.group] = start + lora.rank
-                self.blocks[name] = (projection, slice(start, start + lora.rank))
-        sizes = group_sizes(config)
-        self.layers: list[dict[str, tuple[Tensor, Tensor]]] = [
-            {
-                group: (
-                    torch.zeros(rank, sizes[group][1], dtype=dtype, device=device),
-                    torch.zeros(sizes[group][0], rank, dtype=dtype, device=device),
-                )
-                for group, rank in stacked.items()
-            }
-            for _ in range(config.num_layers)
-        ]
+    def __init__(self, base: ModelWeights, method: Method) -> None:
+        check_method(method, base.config)
+        self.method = method
+        self.parameters = parameters(base.config, method)
+        self.num_virtual_tokens = num_virtual_tokens(method)
+        self.columns: dict[str, slice] = {}  # LoRA's targets -> their columns of the stacked rank
+        self.layers: list[dict[str, Bypass]] = []
+        self.inverse_norms: dict[Key, Tensor] = {}  # DoRA: 1 / length of each row, constant in the gradient
+        self.outside: dict[str, Tensor] = {}  # "embed_tokens.a" ..., "prompt.rows", "prefix.rows"
+        self._base = base
+        self._projections = projections(base.config)
+        self._stack()
+        for layer in range(base.config.num_layers):
+            self.layers.append(self._empty_layer([p for p in self.parameters if p.layer == layer]))
+        for parameter in self.parameters:
+            if parameter.layer is None:
+                self.outside[parameter.key] = self._zeros(*parameter.shape)
 
-    def set(self, layer: int, target: str, a: Tensor, b: Tensor) -> None:
-        """Copies one projection's A [r, in] and unscaled B [out, r] into place."""
-        projection, columns = self.blocks[target]
-        stacked_a, stacked_b = self.layers[layer][projection.group]
-        stacked_a[columns].copy_(a)
-        stacked_b[projection.rows, columns].copy_(b.to(accumulation_dtype(b.dtype)) * self.config.scaling)
+    @property
+    def sites(self) -> frozenset[str]:
+        """Where in a layer the adapter does something: fused linears, and their inputs as `<group>_in`."""
+        found = set()
+        for layer in self.layers:
+            for group, bypass in layer.items():
+                if bypass.input_scale is not None:
+                    found.add(f"{group}_in")
+                if bypass.a is not None or bypass.bases:
+                    found.add(group)
+        return frozenset(found | ({"prefix"} if "prefix.rows" in self.outside else set()))
 
     @property
     def size_bytes(self) -> int:
-        pairs = (pair for layer in self.layers for pair in layer.values())
-        return sum(t.numel() * t.element_size() for pair in pairs for t in pair)
+        outside = sum(t.numel() * t.element_size() for t in self.outside.values())
+        return outside + sum(bypass.size_bytes for layer in self.layers for bypass in layer.values())
+
+    def prefix(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Learned keys and values of one layer, [num_virtual_tokens, G * E] each."""
+        width = self._base.config.kv_size
+        rows = self.outside["prefix.rows"][:, 2 * layer * width : 2 * (layer + 1) * width]
+        return rows[:, :width], rows[:, width:]
+
+    def low_rank(self, module: str) -> tuple[Tensor, Tensor] | None:
+        """A and the scaled B of the embedding or the head."""
+        a, b = self.outside.get(f"{module}.a"), self.outside.get(f"{module}.b")
+        return None if a is None or b is None else (a, b)
+
+    # --- layout
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self._base.dtype, device=self._base.device)
+
+    def _stack(self) -> None:
+        if not isinstance(self.method, LoraConfig):
+            return
+        stacked: dict[str, int] = {}
+        for name, projection in self._projections.items():
+            if name in self.method.targets:
+                start = stacked.get(projection.group, 0)
+                stacked[projection.group] = start + self.method.rank
+                self.columns[name] = slice(start, start + self.method.rank)
+
+    def _empty_layer(self, own: list[Parameter]) -> dict[str, Bypass]:
+        bypasses: dict[str, Bypass] = {}
+        for parameter in own:
+            projection = self._projections[parameter.module]
+            bypass = bypasses.setdefault(projection.group, Bypass())
+            self._make_room(bypass, projection, parameter.role)
+        return bypasses
+
+    def _make_room(self, bypass: Bypass, projection: Projection, role: str) -> None:
+        """Tensors for one parameter of a fused linear, where an earlier one has not made them."""
+        members = [p for p in self._projections.values() if p.group == projection.group]
+        out = members[-1].rows.stop
+        if role == "a" and bypass.a is None:
+            rank = max(self.columns[p.name].stop for p in members if p.name in self.columns)
+            bypass.a, bypass.b = self._zeros(rank, projection.in_features), self._zeros(out, rank)
+        elif role in ("scale", "magnitude"):
+            bypass.bases = (*bypass.bases, (projection.name, projection.rows))
+            if bypass.scale is None:
+                bypass.scale = self._zeros(out).fill_(1)
+            if role == "magnitude" and projection.group == "qkv" and self._base.config.qkv_bias and bypass.shift is None:
+                bypass.shift = self._zeros(out)
+        elif role == "input_scale":
+            bypass.input_scale = self._zeros(projection.in_features)
+        elif role == "down_w":
+            assert isinstance(self.method, BottleneckConfig)
+            size, own = self.method.size, projection.out_features
+            width = projection.in_features if self.method.parallel else own
+            room = Bottleneck(
+                projection.name,
+                projection.rows,
+                self.method.activation,
+                self.method.parallel,
+                self._zeros(size, width),
+                self._zeros(size),
+                self._zeros(own, size),
+                self._zeros(own),
+            )
+            bypass.bottlenecks = (*bypass.bottlenecks, room)
+            bypass.bases = (*bypass.bases, (projection.name, projection.rows))
+
+    # --- values
+
+    def load(self, values: Mapping[Key, Tensor]) -> None:
+        """Rounds every parameter (shaped as `Parameter.shape`, on any device) into place."""
+        for parameter in self.parameters:
+            value = values[parameter.layer, parameter.key]
+            if parameter.layer is None:
+                scaled = parameter.key in (f"{EMBEDDING}.b", f"{HEAD}.b")
+                self.outside[parameter.key].copy_(self._scaled(value) if scaled else value)
+            elif parameter.role == "magnitude":
+                self._set_magnitude(parameter, value, values)
+            else:
+                self._set(parameter, value)
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        assert isinstance(self.method, LoraConfig | BottleneckConfig)
+        return value.to(accumulation_dtype(value.dtype)) * self.method.scaling
+
+    def _set(self, parameter: Parameter, value: Tensor) -> None:
+        assert parameter.layer is not None
+        projection = self._projections[parameter.module]
+        bypass = self.layers[parameter.layer][projection.group]
+        role = parameter.role
+        if role == "a" and bypass.a is not None:
+            bypass.a[self.columns[projection.name]].copy_(value)
+        elif role == "b" and bypass.b is not None:
+            bypass.b[projection.rows, self.columns[projection.name]].copy_(self._scaled(value))
+        elif role == "scale" and bypass.scale is not None:
+            bypass.scale[projection.rows].copy_(value)
+        elif role == "input_scale" and bypass.input_scale is not None:
+            bypass.input_scale.copy_(value)
+        else:
+            part = next(b for b in bypass.bottlenecks if b.name == projection.name)
+            target: Tensor = getattr(part, role)
+            target.copy_(self._scaled(value) if role.startswith("up") else value)
+
+    def _set_magnitude(self, parameter: Parameter, value: Tensor, values: Mapping[Key, Tensor]) -> None:
+        """DoRA's factor: the magnitude over the length of the rows of W + scaling * B A."""
+        assert parameter.layer is not None
+        projection = self._projections[parameter.module]
+        bypass = self.layers[parameter.layer][projection.group]
+        assert bypass.scale is not None
+        device = self._base.device
+        a = values[parameter.layer, f"{projection.name}.a"].to(device)
+        b = self._scaled(values[parameter.layer, f"{projection.name}.b"].to(device))
+        inverse = 1 / self.row_lengths(parameter.layer, projection, a, b)
+        self.inverse_norms[parameter.layer, parameter.key] = inverse
+        factor = value.to(device=device, dtype=inverse.dtype) * inverse
+        bypass.scale[projection.rows].copy_(factor)
+        if bypass.shift is not None:
+            bias = self._base.layers[parameter.layer].qkv.bias
+            assert bias is not None
+            bypass.shift[projection.rows].copy_(bias[projection.rows].to(factor.dtype) * (1 - factor))
+
+    def row_lengths(
+        self, layer: int, projection: Projection, a: Tensor | None = None, b: Tensor | None = None
+    ) -> Tensor:
+        """Lengths [out] of the rows of W, or of W + `b` `a` (scaled), in float32 or wider."""
+        weight = self._base.layers[layer].linear(projection.group).dense()[projection.rows]
+        wide = accumulation_dtype(weight.dtype)
+        lengths = []
+        for start in range(0, weight.shape[0], NORM_ROWS):
+            rows = weight[start : start + NORM_ROWS].to(wide)
+            if a is not None and b is not None:
+                rows = rows + b[start : start + NORM_ROWS].to(wide) @ a.to(wide)
+            lengths.append(rows.norm(dim=1))
+        return torch.cat(lengths)
 
 
 @dataclass(slots=True)
 class _Slot:
-    weights: LoraWeights
+    weights: AdapterWeights
     pins: int = 0
 
 
@@ -147,7 +231,7 @@ class AdapterPool:
     def can_load(self) -> bool:
         return len(self._slots) < self.capacity or any(not slot.pins for slot in self._slots.values())
 
-    def load(self, digest: str, weights: LoraWeights) -> None:
+    def load(self, digest: str, weights: AdapterWeights) -> None:
         """Makes an adapter available; evicts an unpinned one when full. Requires `can_load()`."""
         if digest in self._slots:
             self._slots.move_to_end(digest)
@@ -157,7 +241,7 @@ class AdapterPool:
             del self._slots[victim]
         self._slots[digest] = _Slot(weights)
 
-    def get(self, digest: str) -> LoraWeights:
+    def get(self, digest: str) -> AdapterWeights:
         return self._slots[digest].weights
 
     def pin(self, digest: str) -> None:

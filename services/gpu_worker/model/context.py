@@ -5,35 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from services.gpu_worker.kernels.attention import decode_attention, window_attention
 from services.gpu_worker.kernels.dropout import Dropout
-from services.gpu_worker.kernels.lora import Segment
-from services.gpu_worker.model.adapters import LoraWeights
+from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.kernels.norm_rope import accumulation_dtype
+from services.gpu_worker.model.adapters import AdapterWeights
+from services.gpu_worker.model.peft import base_label
+from services.gpu_worker.model.weights import LayerWeights
 
-
-@dataclass(slots=True)
-class LayerActivations:
-    """Tensors of one layer over all N rows that a backward may want; views, valid until the layer ends."""
-
-    x: Tensor  # layer input [N, D]
-    q: Tensor  # q projection, before its norm and rotation [N, H * E]
-    k: Tensor  # k projection, before its norm and rotation [N, G * E]
-    o: Tensor  # attention output [N, H * E]
-    lse: Tensor  # log-sum-exp of the attention scores [H, N], float32
-    x2: Tensor  # residual stream between attention and feed-forward [N, D]
-    gate_up: Tensor  # [N, 2F]
+Cached = None  # the keys and values of earlier rows are in the cache itself
 
 
 class ActivationSink(Protocol):
-    """Keeps what it needs of the rows [rows] as the tokens from `start` on of a training sequence."""
+    """Keeps what it wants of [n, width] rows as the tokens from `start` on of a training sequence."""
 
-    def save(self, layer: int, start: int, rows: slice, activations: LayerActivations) -> None: ...
+    def save(self, layer: int, name: str, start: int, rows: Tensor) -> None: ...
+
+
+class LayerProgram(Protocol):
+    """One decoder layer, compiled: (x [N, D], weights, context) -> [N, D]."""
+
+    def __call__(self, x: Tensor, w: LayerWeights, ctx: LayerContext, /) -> Tensor: ...
 
 
 @dataclass(slots=True)
 class Capture:
-    """Rows whose activations a training sequence keeps."""
+    """Rows whose activations a training sequence keeps as its tokens from `start` on."""
 
     rows: slice
     sink: ActivationSink
@@ -67,25 +67,31 @@ class PagedDecode:
 
 
 @dataclass(slots=True)
+class VirtualRows:
+    """Rows of the stream that stand for virtual tokens, and which of the adapter's they are; int64 [n] each."""
+
+    rows: Tensor
+    tokens: Tensor
+
+
+@dataclass(slots=True)
 class AdapterRun:
     """Rows [start, end) that use one adapter; in training they are the tokens from `first_token` on."""
 
     start: int
     end: int
-    weights: LoraWeights
+    weights: AdapterWeights
     dropout: Dropout | None = None
     first_token: int = 0
+    virtual: VirtualRows | None = None
+    capture: Capture | None = None  # in training, of outputs before a bypass has changed them
 
-    def segment(self, layer: int, group: str, x: Tensor) -> Segment | None:
-        """The bypass of one fused linear, whose input is `x` [N, in]; None where the adapter has none."""
-        pair = self.weights.layers[layer].get(group)
-        if pair is None:
+    def mask(self, layer: int, group: str, x: Tensor) -> Tensor | None:
+        """Dropout of what a low-rank part reads of `x`, the run's rows."""
+        if self.dropout is None:
             return None
-        mask = None
-        if self.dropout is not None:
-            tokens = slice(self.first_token, self.first_token + self.end - self.start)
-            mask = self.dropout.mask(layer, group, tokens, x[self.start : self.end])
-        return Segment(self.start, self.end, *pair, mask)
+        tokens = slice(self.first_token, self.first_token + self.end - self.start)
+        return self.dropout.mask(layer, group, tokens, x)
 
 
 @dataclass(slots=True)
@@ -94,7 +100,71 @@ class ForwardContext:
 
     positions: Tensor  # int64 [N]
     slots: Tensor  # where the rows' keys and values are written, from KVCache.slots
+    program: LayerProgram
     windows: list[PagedWindow] = field(default_factory=list)
     decode: PagedDecode | None = None
     adapters: list[AdapterRun] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class LayerContext:
+    """A forward pass as one layer sees it; the operations of `model/layer.py` that need more than tensors."""
+
+    index: int
+    rotation: tuple[Tensor, Tensor]  # cosines and sines of the rows' positions, [N, E]
+    cache: KVCache
+    batch: ForwardContext
+
+    def virtual_rows(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        for run in self.batch.adapters:
+            if run.virtual is not None and "prefix.rows" in run.weights.outside:
+                keys, values = run.weights.prefix(self.index)
+                k = k.index_copy(0, run.virtual.rows, keys[run.virtual.tokens])
+                v = v.index_copy(0, run.virtual.rows, values[run.virtual.tokens])
+        return k, v
+
+    def cache_write(self, k: Tensor, v: Tensor) -> None:
+        heads = (-1, self.cache.head_dim)
+        self.cache.write(self.index, self.batch.slots, k.unflatten(-1, heads), v.unflatten(-1, heads))
+
+    def attend(self, q: Tensor, cached: None) -> tuple[Tensor, Tensor]:
+        batch, index = self.batch, self.index
+        q_NHE = q.unflatten(-1, (-1, self.cache.head_dim))
+        out = torch.empty_like(q)
+        lse = q.new_empty(q_NHE.shape[:2], dtype=accumulation_dtype(q.dtype))
+        for window in batch.windows:
+            keys, values = self.cache.gather(index, window.pages, 1)
+            for part in window.parts:
+                out[part.rows], lse[part.rows] = window_attention(
+                    q_NHE[part.rows], keys[:, part.keys], values[:, part.keys], part.mask
+                )
+        if batch.decode is not None:
+            rows = batch.decode.rows
+            keys, values = self.cache.gather(index, batch.decode.pages, rows.stop - rows.start)
+            out[rows] = decode_attention(q_NHE[rows], keys, values, batch.decode.mask)
+        return out, lse
+
+    def bypass(self, y: Tensor, x: Tensor, group: str) -> Tensor:
+        for run in self.batch.adapters:
+            bypass = run.weights.layers[self.index].get(group)
+            if bypass is None:
+                continue
+            out, read = y[run.start : run.end], x[run.start : run.end]
+            bypass.add_low_rank_(out, read, run.mask(self.index, group, read))
+            for name, rows in bypass.bases if run.capture is not None else ():
+                assert run.capture is not None
+                run.capture.sink.save(self.index, base_label(name), run.capture.start, out[:, rows])
+            bypass.change_(out, read)
+        return y
+
+    def bypass_input(self, x: Tensor, group: str) -> Tensor:
+        for run in self.batch.adapters:
+            bypass = run.weights.layers[self.index].get(group)
+            if bypass is not None and bypass.input_scale is not None:
+                x[run.start : run.end].mul_(bypass.input_scale)
+        return x
+
+    def keep(self, x: Tensor, name: str) -> None:
+        for capture in self.batch.captures:
+            capture.sink.save(self.index, name, capture.start, x[capture.rows])

@@ -52,6 +52,11 @@ def projections(config: ModelConfig) -> dict[str, Projection]:
     return {row[0]: Projection(*row) for row in rows}
 
 
+def base_label(name: str) -> str:
+    """What a projection's output is called before a bypass scales it or reads it."""
+    return f"{name}_base"
+
+
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
     """y += scaling * B A x (arXiv 2106.09685); with `dora` the sum's rows are rescaled to a learned length

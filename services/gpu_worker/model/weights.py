@@ -12,7 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from services.gpu_worker.kernels.linear import FrozenLinear
 from services.gpu_worker.model.config import ModelConfig, RopeConfig, UnsupportedModel
+from services.gpu_worker.model.peft import GROUPS
 
 
 @dataclass(slots=True)
@@ -20,14 +22,18 @@ class LayerWeights:
     """One decoder layer. q, k, v are one matrix; so are gate and up."""
 
     input_norm: Tensor  # [D]
-    qkv: Tensor  # [(H + 2G) * E, D]
-    qkv_bias: Tensor | None
+    qkv: FrozenLinear  # [(H + 2G) * E, D]
     q_norm: Tensor | None  # [E]
     k_norm: Tensor | None
-    o: Tensor  # [D, H * E]
+    o: FrozenLinear  # [D, H * E]
     post_norm: Tensor
-    gate_up: Tensor  # [2F, D]
-    down: Tensor  # [D, F]
+    gate_up: FrozenLinear  # [2F, D]
+    down: FrozenLinear  # [D, F]
+
+    def linear(self, group: str) -> FrozenLinear:
+        """One of qkv, o, gate_up, down."""
+        found: FrozenLinear = getattr(self, group)
+        return found
 
 
 @dataclass(slots=True)
@@ -36,7 +42,7 @@ class ModelWeights:
     embedding: Tensor  # [V, D]
     layers: list[LayerWeights]
     norm: Tensor
-    head: Tensor  # [V, D]; the embedding itself when tied
+    head: FrozenLinear  # [V, D]; of the embedding itself when tied
     inverse_frequencies: Tensor  # float32 [E / 2]
 
     @property
@@ -49,12 +55,15 @@ class ModelWeights:
 
     @property
     def size_bytes(self) -> int:
-        tensors = [self.embedding, self.norm]
-        if not self.config.tied_embeddings:
-            tensors.append(self.head)
-        for layer in self.layers:
-            tensors += [layer.qkv, layer.o, layer.gate_up, layer.down]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Everything that is resident, oneDNN's second layout included."""
+        shared = _bytes(self.head.weight) if self.config.tied_embeddings else 0
+        layers = sum(layer.linear(group).size_bytes for layer in self.layers for group in GROUPS)
+        norms = sum(_bytes(layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm) for layer in self.layers)
+        return _bytes(self.embedding, self.norm) + self.head.size_bytes - shared + layers + norms
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 Fetch = Callable[[str], Tensor]
@@ -83,7 +92,7 @@ def build_weights(config: ModelConfig, fetch: Fetch) -> ModelWeights:
         embedding=embedding,
         layers=[_layer(config, fetch, f"model.layers.{i}.") for i in range(config.num_layers)],
         norm=fetch("model.norm.weight"),
-        head=embedding if config.tied_embeddings else fetch("lm_head.weight"),
+        head=FrozenLinear(embedding if config.tied_embeddings else fetch("lm_head.weight")),
         inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).to(embedding.device),
     )
 
@@ -93,14 +102,16 @@ def _layer(config: ModelConfig, fetch: Fetch, prefix: str) -> LayerWeights:
     qkv = [f"{attention}{p}_proj" for p in "qkv"]
     return LayerWeights(
         input_norm=fetch(prefix + "input_layernorm.weight"),
-        qkv=torch.cat([fetch(f"{name}.weight") for name in qkv]),
-        qkv_bias=torch.cat([fetch(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
+        qkv=FrozenLinear(
+            torch.cat([fetch(f"{name}.weight") for name in qkv]),
+            torch.cat([fetch(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
+        ),
         q_norm=fetch(attention + "q_norm.weight") if config.qk_norm else None,
         k_norm=fetch(attention + "k_norm.weight") if config.qk_norm else None,
-        o=fetch(attention + "o_proj.weight"),
+        o=FrozenLinear(fetch(attention + "o_proj.weight")),
         post_norm=fetch(prefix + "post_attention_layernorm.weight"),
-        gate_up=torch.cat([fetch(f"{prefix}mlp.{p}_proj.weight") for p in ("gate", "up")]),
-        down=fetch(prefix + "mlp.down_proj.weight"),
+        gate_up=FrozenLinear(torch.cat([fetch(f"{prefix}mlp.{p}_proj.weight") for p in ("gate", "up")])),
+        down=FrozenLinear(fetch(prefix + "mlp.down_proj.weight")),
     )
 
 

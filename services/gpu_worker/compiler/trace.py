@@ -1,0 +1,218 @@
+"""From the layer's source to a graph of kernel operations, and from its bypass sites to one method's operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, Node, Tracer
+
+from services.gpu_worker.compiler.operations import TRACED
+from services.gpu_worker.kernels import bypass as kernels
+from services.gpu_worker.model import layer, layer_backward
+from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.peft import (
+    BottleneckConfig,
+    Ia3Config,
+    LoraConfig,
+    Method,
+    PrefixConfig,
+    Projection,
+    base_label,
+    projections,
+)
+
+SITES = (layer.bypass, layer.bypass_input, layer.virtual_rows)
+
+
+def trace(config: ModelConfig) -> Graph:
+    """The layer of a model configuration, with every bypass site in it."""
+    return Tracer(autowrap_functions=TRACED).trace(layer.make_layer(config))  # type: ignore[arg-type]
+
+
+def site_name(node: Node) -> str:
+    """A fused linear, `<group>_in` for its input, or prefix."""
+    if node.target is layer.virtual_rows:
+        return "prefix"
+    return f"{node.args[-1]}_in" if node.target is layer.bypass_input else str(node.args[-1])
+
+
+def remove_sites(graph: Graph, keep: Callable[[str], bool]) -> None:
+    """Takes out the sites that `keep` does not want: what passed through them passes by."""
+    for node in list(graph.nodes):
+        if node.target not in SITES or keep(site_name(node)):
+            continue
+        if node.target is layer.virtual_rows:
+            for user in list(node.users):
+                user.replace_all_uses_with(node.args[user.args[1]])
+                graph.erase_node(user)
+        else:
+            node.replace_all_uses_with(node.args[0])
+            _inherit(node.args[0], node)
+        graph.erase_node(node)
+
+
+def _inherit(heir: Node, node: Node) -> None:
+    if "label" in node.meta:
+        heir.meta["label"] = node.meta["label"]
+
+
+def insert_bypasses(graph: Graph, config: ModelConfig, method: Method, dropout: bool) -> None:
+    """Replaces the sites by the operations of one method, for whose parameters the graph gets a placeholder."""
+    remove_sites(graph, lambda name: name == "prefix" and isinstance(method, PrefixConfig))
+    nodes = list(graph.nodes)
+    after = next(node for node in nodes if node.op == "placeholder" and node.name == "ctx")
+    with graph.inserting_after(after):
+        bypasses = graph.placeholder("p")
+    _Insertion(graph, config, method, dropout, bypasses, after).run()
+
+
+@dataclass(slots=True)
+class _Insertion:
+    graph: Graph
+    config: ModelConfig
+    method: Method
+    dropout: bool
+    bypasses: Node
+    ctx: Node
+
+    def run(self) -> None:
+        linears = [node for node in self.graph.nodes if node.target is layer.project]
+        for node in linears:
+            group = str(node.args[1].args[1])
+            members = [p for p in projections(self.config).values() if p.group == group]
+            if isinstance(self.method, LoraConfig | Ia3Config | BottleneckConfig):
+                members = [p for p in members if p.name in self.method.targets]
+                if members:
+                    self._attach(node, group, members)
+
+    def _attach(self, node: Node, group: str, members: list[Projection]) -> None:
+        method = self.method
+        if isinstance(method, LoraConfig):
+            node = self._low_rank(node, group, len(members) * method.rank, members[0].in_features)
+        for member in members:
+            if isinstance(method, LoraConfig) and method.dora:
+                self._change(node, member, self._rescale)
+            elif isinstance(method, Ia3Config) and member.name in method.feedforward:
+                self._scale_input(node, member)
+            elif isinstance(method, Ia3Config):
+                self._change(node, member, self._scale)
+            elif isinstance(method, BottleneckConfig):
+                self._change(node, member, self._bottleneck)
+
+    def _call(self, target: Callable[..., Any], *args: Any) -> Node:
+        return self.graph.call_function(target, args)
+
+    def _fetch(self, target: Callable[..., Any], parameter: str, shape: tuple[int, ...], *args: Any) -> Node:
+        node = self._call(target, self.bypasses, *args)
+        node.meta.update(parameter=parameter, shape=shape)
+        return node
+
+    def _low_rank(self, node: Node, group: str, rank: int, width: int) -> Node:
+        x = node.args[0]
+        out = next(p.rows.stop for p in reversed(projections(self.config).values()) if p.group == group)
+        with self.graph.inserting_after(node):
+            a = self._fetch(kernels.fetch, f"{group}.a", (rank, width), group, "a")
+        with self.graph.inserting_after(a):
+            b = self._fetch(kernels.fetch, f"{group}.b", (out, rank), group, "b")
+        last = b
+        if self.dropout:
+            with self.graph.inserting_after(last):
+                x = last = self._call(layer_backward.dropout, x, self.ctx, group)
+        with self.graph.inserting_after(last):
+            low = self._call(kernels.lora_down, x, a)
+        low.meta["label"] = f"{group}_low"
+        with self.graph.inserting_after(low):
+            up = self._call(kernels.lora_up, node, low, b)
+        node.replace_all_uses_with(up, delete_user_cb=lambda user: user is not up)
+        self._move_label(node, up)
+        return up
+
+    def _move_label(self, node: Node, heir: Node) -> None:
+        if "label" in node.meta:
+            heir.meta["label"] = node.meta.pop("label")
+
+    def _projection_node(self, node: Node, member: Projection) -> Node:
+        """The output of one projection of a fused linear: a part of the split that follows, or all of it."""
+        split = next((user for user in node.users if user.target is layer.split), None)
+        if split is None:
+            return node
+        index = [p.name for p in projections(self.config).values() if p.group == member.group].index(member.name)
+        return next(user for user in split.users if user.args[1] == index)
+
+    def _change(self, node: Node, member: Projection, make: Callable[[Node, Projection], Node]) -> None:
+        """Puts what `make` builds from a projection's output in that output's place."""
+        base = self._projection_node(node, member)
+        users = list(base.users)
+        changed = make(base, member)
+        for user in users:
+            user.replace_input_with(base, changed)
+        self._move_label(base, changed)
+        base.meta["label"] = base_label(member.name)
+
+    def _scale(self, base: Node, member: Projection) -> Node:
+        rows = member.rows
+        with self.graph.inserting_after(base):
+            factor = self._fetch(
+                kernels.fetch_rows, f"{member.name}.scale", (member.out_features,),
+                member.group, "scale", rows.start, rows.stop,
+            )  # fmt: skip
+        with self.graph.inserting_after(factor):
+            return self._call(kernels.scale, base, factor)
+
+    def _rescale(self, base: Node, member: Projection) -> Node:
+        rows = member.rows
+        has_bias = self.config.qkv_bias and member.group == "qkv"
+        with self.graph.inserting_after(base):
+            factor = self._fetch(
+                kernels.fetch_rows, f"{member.name}.magnitude", (member.out_features,),
+                member.group, "scale", rows.start, rows.stop,
+            )  # fmt: skip
+        bias, last = None, factor
+        if has_bias:
+            weight = next(n.args[1] for n in self.graph.nodes if n.target is layer.project)
+            with self.graph.inserting_after(factor):
+                bias = last = self._call(kernels.fetch_bias, weight, rows.start, rows.stop)
+        with self.graph.inserting_after(last):
+            return self._call(kernels.rescale, base, factor, bias)
+
+    def _scale_input(self, node: Node, member: Projection) -> None:
+        linear = node
+        with self.graph.inserting_before(linear):
+            factor = self._fetch(
+                kernels.fetch, f"{member.name}.input_scale", (member.in_features,), member.group, "input_scale"
+            )
+            scaled = self._call(kernels.scale, linear.args[0], factor)
+        linear.replace_input_with(linear.args[0], scaled)  # type: ignore[arg-type]
+
+    def _bottleneck(self, base: Node, member: Projection) -> Node:
+        method = self.method
+        assert isinstance(method, BottleneckConfig)
+        source = base
+        if method.parallel:
+            source = next(
+                n.args[0] for n in self.graph.nodes
+                if n.target is layer.project and n.args[1].args[1] == member.group
+            )  # fmt: skip
+        width = member.in_features if method.parallel else member.out_features
+        shapes = {
+            "down_w": (method.size, width),
+            "down_b": (method.size,),
+            "up_w": (member.out_features, method.size),
+            "up_b": (member.out_features,),
+        }
+        last, fetched = base, {}
+        for role, shape in shapes.items():
+            with self.graph.inserting_after(last):
+                name = f"{member.name}.{role}"
+                last = self._fetch(kernels.fetch_bottleneck, name, shape, member.group, member.name, role)
+            fetched[role] = last
+        with self.graph.inserting_after(last):
+            down = self._call(layer_backward.affine, source, fetched["down_w"], fetched["down_b"])
+        with self.graph.inserting_after(down):
+            hidden = self._call(kernels.activate, down, method.activation)
+        with self.graph.inserting_after(hidden):
+            up = self._call(layer_backward.affine, hidden, fetched["up_w"], fetched["up_b"])
+        with self.graph.inserting_after(up):
+            return self._call(layer.add, base, up)

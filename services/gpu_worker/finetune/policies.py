@@ -1,0 +1,53 @@
+"""Which activations each layer of a job keeps, by a byte budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.gpu_worker.compiler.emit import Program
+from services.gpu_worker.compiler.programs import CompiledMethod
+from services.gpu_worker.compiler.rematerialize import Policy
+from services.gpu_worker.finetune.activations import Reserve
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPolicies:
+    """A method's policy at every layer."""
+
+    compiled: CompiledMethod
+    chosen: tuple[Policy, ...]
+
+    @classmethod
+    def uniform(cls, compiled: CompiledMethod, policy: Policy) -> LayerPolicies:
+        return cls(compiled, (policy,) * compiled.config.num_layers)
+
+    @property
+    def reserve(self) -> Reserve:
+        if not self.compiled.trains_layers:
+            return Reserve(self.compiled.tensors, (frozenset(),) * len(self.chosen))
+        kept = (self.compiled.kept(policy, layer == 0) for layer, policy in enumerate(self.chosen))
+        return Reserve(self.compiled.tensors, tuple(kept))
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of what the backward computes again, in all layers."""
+        return sum(policy.flops_per_token for policy in self.chosen)
+
+    def program(self, layer: int) -> Program:
+        return self.compiled.backward(self.chosen[layer], layer == 0)
+
+
+def fit(compiled: CompiledMethod, bytes_per_token: float) -> LayerPolicies:
+    """The policies that compute least again within a budget; where not even the leanest fits, the leanest.
+
+    All layers have one policy or its richer neighbour: the price of a byte rises along the list, so one step
+    down in every layer comes before two in any. The last layers keep more, for they give it back first.
+    """
+    num_layers, policies = compiled.config.num_layers, compiled.policies
+    fitting = (i for i, p in enumerate(policies) if num_layers * p.bytes_per_token <= bytes_per_token)
+    index = next(fitting, len(policies) - 1)
+    lean, rich = policies[index], policies[max(0, index - 1)]
+    spare = bytes_per_token - num_layers * lean.bytes_per_token
+    step = rich.bytes_per_token - lean.bytes_per_token
+    richer = min(num_layers, int(spare // step)) if step > 0 and spare > 0 else 0
+    return LayerPolicies(compiled, (lean,) * (num_layers - richer) + (rich,) * richer)

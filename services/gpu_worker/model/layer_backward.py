@@ -1,0 +1,87 @@
+"""Adjoints of the operations of `model/layer.py`, for the compiler to build backward programs from.
+
+`ctx` is the backward's context (`finetune/backward.py`): it holds the window and the sums over windows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from services.gpu_worker.kernels.linear import FrozenLinear
+from services.gpu_worker.kernels.norm_rope import rms_norm_backward, rope_backward
+
+if TYPE_CHECKING:
+    from services.gpu_worker.finetune.backward import BackwardContext
+
+
+def project_backward(dy: Tensor, weight: FrozenLinear) -> Tensor:
+    """Gradient of `project` with respect to its input."""
+    return weight.input_gradient(dy)
+
+
+def weight_gradient(weight: Any, *reads: Tensor) -> None:
+    """Stands for the gradient of a frozen weight in a graph that has not been pruned; never run."""
+    raise AssertionError("the gradient of a frozen weight is never computed")
+
+
+def merge(*parts: Tensor) -> Tensor:
+    """Adjoint of `split`."""
+    return torch.cat(parts, -1)
+
+
+def head_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    heads = (-1, weight.shape[0])
+    return rms_norm_backward(dy.unflatten(-1, heads), x.unflatten(-1, heads), weight, eps).flatten(1)
+
+
+def rotate_backward(dy: Tensor, ctx: BackwardContext) -> Tensor:
+    cos, sin = ctx.rotation
+    return rope_backward(dy.unflatten(-1, (-1, cos.shape[-1])), cos, sin).flatten(1)
+
+
+def attend_backward(
+    do: Tensor, q: Tensor, cached: Any, o: Tensor, lse: Tensor, ctx: BackwardContext
+) -> tuple[Tensor, Any]:
+    """Gradient of the queries, complete; those of keys and values are added to the context's sums."""
+    return ctx.attend_backward(do, q, o, lse)
+
+
+def cache_gradient(summed: Any, ctx: BackwardContext) -> tuple[Tensor, Tensor]:
+    """Gradients of the window's own keys and values, [n, G * E] each, after all later windows."""
+    return ctx.cache_gradient()
+
+
+def virtual_rows_backward(dk: Tensor, dv: Tensor, ctx: BackwardContext) -> tuple[Tensor, Tensor]:
+    """Without the rows that prefix tuning has replaced."""
+    return ctx.without_virtual(dk), ctx.without_virtual(dv)
+
+
+def accumulate_prefix(grad: tuple[Tensor, Tensor], dk: Tensor, dv: Tensor, ctx: BackwardContext) -> None:
+    """Adds the replaced rows' gradients to those of a layer's learned keys and values."""
+    ctx.accumulate_virtual(grad[0], dk)
+    ctx.accumulate_virtual(grad[1], dv)
+
+
+def dropout(x: Tensor, ctx: BackwardContext, group: str) -> Tensor:
+    """What a low-rank part reads of `x`; its own adjoint, for the mask is a function of the place."""
+    return ctx.dropout(x, group)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def product(dy: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of `x weight^T` with respect to `x`."""
+    return dy @ weight
+
+
+def add_product(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    return torch.addmm(x, dy, weight)
+
+
+def add_product_(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    return x.addmm_(dy, weight)
