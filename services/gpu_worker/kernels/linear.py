@@ -1,18 +1,55 @@
-"""`x W^T + b` with a frozen weight, and its gradient with respect to `x`; the weight has none.
-
-On a CPU the weight is also kept in oneDNN's own layout. From a plain one it is laid out anew in every call,
-which for the few rows of a decode takes half as long as the product itself.
-"""
+"""`x W^T + b` with a frozen weight, and its gradient with respect to `x`; the weight has none."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 
-class FrozenLinear:
-    """`weight` [out, in] in the model's dtype."""
+class FrozenLinear(ABC):
+    """However the weight is kept: dense here, quantised in `kernels/quantised.py`."""
+
+    bias: Tensor | None
+
+    @property
+    @abstractmethod
+    def out_features(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def in_features(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def size_bytes(self) -> int:
+        """All that is resident."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight [out, in] in the model's dtype, as a product reads it."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in] -> [N, out]."""
+
+    @abstractmethod
+    def forward_rows(self, x: Tensor, rows: int) -> Tensor:
+        """The first `rows` features of `forward`: [N, in] -> [N, rows]."""
+
+    @abstractmethod
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """[N, out] -> [N, in]."""
+
+
+class DenseLinear(FrozenLinear):
+    """`weight` [out, in] in the model's dtype.
+
+    On a CPU it is also kept in oneDNN's own layout. From a plain one it is laid out anew in every call,
+    which for the few rows of a decode takes half as long as the product itself.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
@@ -34,22 +71,18 @@ class FrozenLinear:
         return sum(t.numel() * t.element_size() for t in tensors) + packed
 
     def dense(self) -> Tensor:
-        """The weight [out, in] as a product reads it."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, in] -> [N, out]."""
         if self._packed is None:
             return linear(x, self.weight, self.bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return y
 
     def forward_rows(self, x: Tensor, rows: int) -> Tensor:
-        """The first `rows` features of `forward`: [N, in] -> [N, rows]."""
         return linear(x, self.weight[:rows], None if self.bias is None else self.bias[:rows])
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        """[N, out] -> [N, in]."""
         return dy @ self.weight
 
 

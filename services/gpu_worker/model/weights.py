@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from services.gpu_worker.kernels.linear import FrozenLinear
+from services.gpu_worker.kernels.linear import DenseLinear, FrozenLinear
 from services.gpu_worker.model.config import ModelConfig, RopeConfig, UnsupportedModel
 from services.gpu_worker.model.peft import GROUPS
 
@@ -56,7 +56,7 @@ class ModelWeights:
     @property
     def size_bytes(self) -> int:
         """Everything that is resident, oneDNN's second layout included."""
-        shared = _bytes(self.head.weight) if self.config.tied_embeddings else 0
+        shared = _bytes(self.head.dense()) if self.config.tied_embeddings else 0
         layers = sum(layer.linear(group).size_bytes for layer in self.layers for group in GROUPS)
         norms = sum(_bytes(layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm) for layer in self.layers)
         return _bytes(self.embedding, self.norm) + self.head.size_bytes - shared + layers + norms
@@ -92,7 +92,7 @@ def build_weights(config: ModelConfig, fetch: Fetch) -> ModelWeights:
         embedding=embedding,
         layers=[_layer(config, fetch, f"model.layers.{i}.") for i in range(config.num_layers)],
         norm=fetch("model.norm.weight"),
-        head=FrozenLinear(embedding if config.tied_embeddings else fetch("lm_head.weight")),
+        head=DenseLinear(embedding if config.tied_embeddings else fetch("lm_head.weight")),
         inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).to(embedding.device),
     )
 
@@ -102,16 +102,16 @@ def _layer(config: ModelConfig, fetch: Fetch, prefix: str) -> LayerWeights:
     qkv = [f"{attention}{p}_proj" for p in "qkv"]
     return LayerWeights(
         input_norm=fetch(prefix + "input_layernorm.weight"),
-        qkv=FrozenLinear(
+        qkv=DenseLinear(
             torch.cat([fetch(f"{name}.weight") for name in qkv]),
             torch.cat([fetch(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
         ),
         q_norm=fetch(attention + "q_norm.weight") if config.qk_norm else None,
         k_norm=fetch(attention + "k_norm.weight") if config.qk_norm else None,
-        o=FrozenLinear(fetch(attention + "o_proj.weight")),
+        o=DenseLinear(fetch(attention + "o_proj.weight")),
         post_norm=fetch(prefix + "post_attention_layernorm.weight"),
-        gate_up=FrozenLinear(torch.cat([fetch(f"{prefix}mlp.{p}_proj.weight") for p in ("gate", "up")])),
-        down=FrozenLinear(fetch(prefix + "mlp.down_proj.weight")),
+        gate_up=DenseLinear(torch.cat([fetch(f"{prefix}mlp.{p}_proj.weight") for p in ("gate", "up")])),
+        down=DenseLinear(fetch(prefix + "mlp.down_proj.weight")),
     )
 
 
