@@ -225,11 +225,11 @@ def make_peft_model(
     model = build(config, dtype=dtype, attn_implementation="sdpa")
     if isinstance(method, BottleneckConfig):
         return add_bottlenecks(model, method, dtype if adapter_dtype == "model" else torch.float32).train()
-    peft = _import_peft()
+    get_peft_model = _import_peft().get_peft_model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(
-            model, _peft_config(peft, method), autocast_adapter_dtype=adapter_dtype == "float32"
+        wrapped = get_peft_model(
+            model, peft_config(method), autocast_adapter_dtype=adapter_dtype == "float32"
         )
     return wrapped.train()
 
@@ -243,7 +243,9 @@ def _import_peft() -> Any:
         ) from error
 
 
-def _peft_config(peft: Any, method: Method) -> Any:
+def peft_config(method: Method) -> Any:
+    """The method as peft spells it; bottleneck adapters it has none of."""
+    peft = _import_peft()
     if isinstance(method, LoraConfig):
         return peft.LoraConfig(
             r=method.rank,
