@@ -25,7 +25,7 @@ LEARNING_RATES = {  # of AdamW, where the job names none; the fewer numbers a me
     "lora": 2e-4,  # as the paper trains GPT-2 and as QLoRA trains LLaMA up to 13B
     "ia3": 8e-3,  # PEFT's guide; the paper's 3e-3 is Adafactor's
     "bottleneck": 3e-4,  # LLM-Adapters on LLaMA; inside the sweep of the paper
-    "prefix_tuning": 5e-3,  # PEFT's comparison on Llama-3.2-3B, from keys and values of zero
+    "prefix_tuning": 1e-2,  # PEFT's guide; three times as much overshoots at first
     "prompt_tuning": 3e-2,  # PEFT's guide; the paper's 0.3 is Adafactor's and learns less here
 }
 

@@ -310,7 +310,7 @@ async def seed(factory: SessionFactory, pepper: str, scale: float = 1.0) -> Seed
     small, wide = TrainSpec(peft=LoraSpec(rank=8, alpha=16)), TrainSpec(learning_rate=1e-4)
     deep = TrainSpec(peft=LoraSpec(rank=32, alpha=64), n_epochs=4, batch_size=16)
     bottleneck = TrainSpec(peft=BottleneckSpec(size=48), learning_rate=3e-4)
-    prefix = TrainSpec(peft=PrefixSpec(num_virtual_tokens=30), learning_rate=5e-3)
+    prefix = TrainSpec(peft=PrefixSpec(num_virtual_tokens=30), learning_rate=1e-2)
     done = [
         story("support-bot", "acme", 300, hours_ago=412, spec=small, floor=1.16, examples=1210),
         story("contract-clauses", "northwind", 240, hours_ago=261, spec=wide, floor=1.02),
