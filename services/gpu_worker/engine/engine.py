@@ -6,7 +6,9 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -24,11 +26,13 @@ from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
 from services.gpu_worker.finetune.policies import LayerPolicies, fit
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
 from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.kernels.linear import DenseLinear
+from services.gpu_worker.kernels.quantised import GROUP_SIZE, quantise
 from services.gpu_worker.model.adapters import AdapterPool
 from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens, projections
 from services.gpu_worker.model.peft_files import read_peft, write_peft
 from services.gpu_worker.model.transformer import VIRTUAL_TOKEN, Transformer
-from services.gpu_worker.model.weights import load_weights
+from services.gpu_worker.model.weights import MakeLinear, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,6 +47,8 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     num_threads: int = 0  # 0: all cores
+    quantise: Literal["none", "int8", "int4"] = "none"  # the layers' linears; embedding and head stay dense
+    int4_group_size: int = GROUP_SIZE  # inputs that share a scale
     block_size: int = 16
     kv_cache_bytes: int = 0  # 0: a share of the free memory
     max_adapters: int = 16
@@ -106,7 +112,8 @@ class Engine:
         device = _device(config.device)
         if device.type == "cpu" and config.num_threads:
             torch.set_num_threads(config.num_threads)
-        weights = load_weights(config.model_dir, _dtype(config.dtype, device), device)
+        make = _make_linear(config)
+        weights = load_weights(config.model_dir, _dtype(config.dtype, device), device, make)
         self.max_model_len = min(config.scheduler.max_model_len, weights.config.max_position)
         longest = max(self.max_model_len, min(config.finetune_tokens_in_flight, weights.config.max_position))
         self.model = Transformer(weights, longest)
@@ -385,6 +392,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.float32
+
+
+def _make_linear(config: EngineConfig) -> MakeLinear:
+    if config.quantise == "none":
+        return DenseLinear
+    return partial(quantise, scheme=config.quantise, group_size=config.int4_group_size)
 
 
 def _cache_bytes(device: torch.device) -> int:

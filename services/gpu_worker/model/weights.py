@@ -58,7 +58,9 @@ class ModelWeights:
         """Everything that is resident, oneDNN's second layout included."""
         shared = _bytes(self.head.dense()) if self.config.tied_embeddings else 0
         layers = sum(layer.linear(group).size_bytes for layer in self.layers for group in GROUPS)
-        norms = sum(_bytes(layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm) for layer in self.layers)
+        norms = sum(
+            _bytes(layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm) for layer in self.layers
+        )
         return _bytes(self.embedding, self.norm) + self.head.size_bytes - shared + layers + norms
 
 
@@ -67,10 +69,16 @@ def _bytes(*tensors: Tensor | None) -> int:
 
 
 Fetch = Callable[[str], Tensor]
+MakeLinear = Callable[[Tensor, Tensor | None], FrozenLinear]  # of a weight and a bias
 
 
-def load_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> ModelWeights:
-    """Reads `model.safetensors` or its shards; raises UnsupportedModel naming a tensor that is missing."""
+def load_weights(
+    folder: Path, dtype: torch.dtype, device: torch.device, make: MakeLinear = DenseLinear
+) -> ModelWeights:
+    """Reads `model.safetensors` or its shards; raises UnsupportedModel naming a tensor that is missing.
+
+    `make` gives the layers' linears their form one by one, so that no two are dense at once where it quantises.
+    """
     config = ModelConfig.from_folder(folder)
     files = _tensor_files(folder)
     handles = {file: safe_open(folder / file, framework="pt") for file in set(files.values())}
@@ -81,37 +89,45 @@ def load_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Mode
         tensor: Tensor = handles[files[name]].get_tensor(name)
         return tensor.to(device=device, dtype=dtype)
 
-    return build_weights(config, fetch)
+    return build_weights(config, fetch, make)
 
 
-def build_weights(config: ModelConfig, fetch: Fetch) -> ModelWeights:
-    """`fetch` gives a tensor by its Hugging Face name, in the dtype and on the device to compute with."""
+def build_weights(config: ModelConfig, fetch: Fetch, make: MakeLinear = DenseLinear) -> ModelWeights:
+    """`fetch` gives a tensor by its Hugging Face name, in the dtype and on the device to compute with.
+
+    Embedding and head stay dense.
+    """
     embedding = fetch("model.embed_tokens.weight")
     return ModelWeights(
         config=config,
         embedding=embedding,
-        layers=[_layer(config, fetch, f"model.layers.{i}.") for i in range(config.num_layers)],
+        layers=[_layer(config, fetch, make, f"model.layers.{i}.") for i in range(config.num_layers)],
         norm=fetch("model.norm.weight"),
         head=DenseLinear(embedding if config.tied_embeddings else fetch("lm_head.weight")),
         inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).to(embedding.device),
     )
 
 
-def _layer(config: ModelConfig, fetch: Fetch, prefix: str) -> LayerWeights:
-    attention = prefix + "self_attn."
-    qkv = [f"{attention}{p}_proj" for p in "qkv"]
+def _layer(config: ModelConfig, fetch: Fetch, make: MakeLinear, prefix: str) -> LayerWeights:
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+
+    def linear(*names: str, bias: bool = False) -> FrozenLinear:
+        weights = torch.cat([fetch(f"{name}.weight") for name in names])
+        biases = torch.cat([fetch(f"{name}.bias") for name in names]) if bias else None
+        try:
+            return make(weights, biases)
+        except ValueError as error:
+            raise UnsupportedModel(f"{' + '.join(names)}: {error}") from error
+
     return LayerWeights(
         input_norm=fetch(prefix + "input_layernorm.weight"),
-        qkv=DenseLinear(
-            torch.cat([fetch(f"{name}.weight") for name in qkv]),
-            torch.cat([fetch(f"{name}.bias") for name in qkv]) if config.qkv_bias else None,
-        ),
+        qkv=linear(*(f"{attention}{p}_proj" for p in "qkv"), bias=config.qkv_bias),
         q_norm=fetch(attention + "q_norm.weight") if config.qk_norm else None,
         k_norm=fetch(attention + "k_norm.weight") if config.qk_norm else None,
-        o=DenseLinear(fetch(attention + "o_proj.weight")),
+        o=linear(attention + "o_proj"),
         post_norm=fetch(prefix + "post_attention_layernorm.weight"),
-        gate_up=DenseLinear(torch.cat([fetch(f"{prefix}mlp.{p}_proj.weight") for p in ("gate", "up")])),
-        down=DenseLinear(fetch(prefix + "mlp.down_proj.weight")),
+        gate_up=linear(mlp + "gate_proj", mlp + "up_proj"),
+        down=linear(mlp + "down_proj"),
     )
 
 
