@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -45,6 +46,8 @@ class Settings(BaseSettings):
     served_model_name: str | None = None  # default: the model folder's name
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     dtype: str = "auto"  # auto, float32, bfloat16, float16
+    quantise: Literal["none", "int8", "int4"] = "none"  # form of the layers' frozen weights
+    int4_group_size: int = Field(default=32, ge=1)  # weights of a row that share a scale in int4
     num_threads: int = Field(default=0, ge=0)  # CPU threads of the engine; 0: all cores
 
     # Engine limits

@@ -155,6 +155,8 @@ def engine_config(settings: Settings) -> EngineConfig:
         device=settings.device,
         dtype=settings.dtype,
         num_threads=settings.num_threads,
+        quantise=settings.quantise,
+        int4_group_size=settings.int4_group_size,
         block_size=settings.block_size,
         kv_cache_bytes=settings.kv_cache_bytes,
         max_adapters=settings.max_adapters,
