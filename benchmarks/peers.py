@@ -30,7 +30,8 @@ from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.dataset import Dataset, epoch_order
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.model.adapters import LoraConfig
+from services.gpu_worker.model.adapters import Key
+from services.gpu_worker.model.peft import LoraConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -135,14 +136,14 @@ class Training:
     dtype: str
     engine: Engine
     dataset: Dataset
-    start: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    start: dict[Key, torch.Tensor] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     def ours(self) -> float:
         """Tokens per second, forward, backward and optimizer done."""
         self.engine.add_job("job", CONFIG, LoraConfig(RANK, 2 * RANK, TARGETS), self.dataset)
-        masters = self.engine.runner.trainers["job"].parameters.masters()
-        self.start = {key: (a.clone(), b.clone()) for key, (a, b) in masters.items()}
+        masters = self.engine.runner.trainers["job"].parameters.masters
+        self.start = {key: master.clone() for key, master in masters.items()}
         losses = self.losses["ours"] = []
         started = time.perf_counter()
         while self.engine.has_work:
@@ -188,9 +189,9 @@ class Training:
             for name, module in peft.named_modules():
                 if hasattr(module, "lora_A") and "default" in module.lora_A:
                     parts = name.split(".")
-                    a, b = self.start[int(parts[parts.index("layers") + 1]), parts[-1]]
-                    module.lora_A["default"].weight.copy_(a)
-                    module.lora_B["default"].weight.copy_(b)
+                    layer = int(parts[parts.index("layers") + 1])
+                    module.lora_A["default"].weight.copy_(self.start[layer, f"{parts[-1]}.a"])
+                    module.lora_B["default"].weight.copy_(self.start[layer, f"{parts[-1]}.b"])
         return peft
 
 

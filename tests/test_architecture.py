@@ -24,6 +24,11 @@ TENSORLESS = (  # files that decide without tensors
     "engine/batch.py",
     "engine/latency.py",
     "finetune/job.py",
+    "compiler/parallelize.py",
+    "compiler/parallel_sites.py",
+    "compiler/parallel_cost.py",
+    "model/layouts.py",
+    "model/peft.py",
 )
 SQL = {"sqlalchemy", "alembic", "psycopg", "asyncpg"}
 

@@ -13,7 +13,7 @@ import structlog
 
 from services.gpu_worker.engine.engine import Engine, InvalidRequest, TokenEvent
 from services.gpu_worker.engine.sequence import Logprob, Sampling
-from services.gpu_worker.model.adapters import InvalidAdapter
+from services.gpu_worker.model.peft import InvalidAdapter
 from services.gpu_worker.store_client import CorruptObject, StoreClient, StoreUnavailable
 from shared.config import Settings
 from shared.messages import FinishReason, GenerateRequest, RequestMeta, TokenLogprob, WorkerStatus

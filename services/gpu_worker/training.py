@@ -22,7 +22,8 @@ from services.gpu_worker.finetune.checkpoint import InvalidCheckpoint
 from services.gpu_worker.finetune.dataset import Dataset, InvalidDataset
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.finetune.trainer import StepReport, TrainingDiverged
-from services.gpu_worker.model.adapters import InvalidAdapter, LoraConfig
+from services.gpu_worker.methods import method_of
+from services.gpu_worker.model.peft import InvalidAdapter
 from services.gpu_worker.store_client import (
     CorruptObject,
     StaleFence,
@@ -41,6 +42,7 @@ from shared.messages import (
     StepMetrics,
     TrainSpec,
 )
+from shared.peft import LoraSpec
 from shared.queue import FinetuneQueue
 
 log = structlog.get_logger()
@@ -215,7 +217,7 @@ class TrainingLink:
             job = self._engine.add_job(
                 lease.job_id,
                 job_config(lease.spec),
-                LoraConfig(lease.spec.peft.rank, lease.spec.peft.alpha, lease.spec.peft.target_modules),
+                method_of(lease.spec.peft),
                 prepared.training,
                 prepared.validation,
                 weight=lease.tenant_weight,
@@ -399,7 +401,7 @@ def job_config(spec: TrainSpec) -> JobConfig:
         beta2=spec.beta2,
         epsilon=spec.epsilon,
         max_grad_norm=spec.max_grad_norm,
-        lora_dropout=spec.peft.dropout,
+        lora_dropout=spec.peft.dropout if isinstance(spec.peft, LoraSpec) else 0.0,
         seed=spec.seed,
         eval_every_steps=spec.eval_every_steps,
         max_steps=spec.max_steps,

@@ -163,7 +163,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_lora_rank=settings.max_lora_rank,
         max_finetune_jobs=settings.max_finetune_jobs,
         finetune_tokens_in_flight=settings.finetune_tokens_in_flight,
-        activation_policy=settings.activation_policy,
+        activation_bytes=settings.activation_bytes,
         tpot_slo_ms=settings.tpot_slo_ms,
         ttft_slo_ms=settings.ttft_slo_ms,
         scheduler=SchedulerConfig(

@@ -12,9 +12,12 @@ import torch
 from services.gpu_worker.engine.engine import Engine, EngineConfig, JobEvent, TokenEvent
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
-from services.gpu_worker.model.adapters import LoraConfig, LoraWeights
 from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.parameters import parameters
+from services.gpu_worker.model.peft import LoraConfig, Method
 from services.gpu_worker.model.peft_files import write_peft
+
+Files = dict[str, bytes]
 
 
 @dataclass(slots=True)
@@ -104,25 +107,14 @@ def tokens_of(outputs: list[Output]) -> list[list[int]]:
 
 
 def make_adapter(
-    model: ModelConfig,
-    *,
-    rank: int = 4,
-    alpha: float = 8.0,
-    targets: tuple[str, ...] = ("q_proj", "v_proj", "down_proj"),
-    seed: int = 0,
-    rslora: bool = False,
-    std: float = 0.2,
-) -> dict[str, bytes]:
-    """PEFT's two files of an adapter with random weights, large enough to change every token."""
-    lora = LoraConfig(rank, alpha, targets, rslora)
+    model: ModelConfig, method: Method | None = None, *, seed: int = 0, std: float = 0.2
+) -> Files:
+    """The two files of an adapter with random values, large enough to change every token."""
+    method = method or LoraConfig(4, 8.0, ("q_proj", "v_proj", "down_proj"))
     generator = torch.Generator().manual_seed(seed)
-    blocks = LoraWeights(model, lora, torch.float32, torch.device("cpu")).blocks
-    tensors = {
-        (layer, name): (
-            torch.randn(rank, projection.in_features, generator=generator) * std,
-            torch.randn(projection.out_features, rank, generator=generator) * std,
-        )
-        for layer in range(model.num_layers)
-        for name, (projection, _) in blocks.items()
+    values = {
+        (p.layer, p.key): torch.randn(p.shape, generator=generator) * std
+        + (1.0 if p.role in ("scale", "input_scale", "magnitude") else 0.0)
+        for p in parameters(model, method)
     }
-    return write_peft(model, lora, "tiny", tensors)
+    return write_peft(model, method, "tiny", values)

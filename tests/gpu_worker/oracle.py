@@ -12,11 +12,17 @@ import transformers.models.llama.modeling_llama as llama
 import transformers.models.mistral.modeling_mistral as mistral
 import transformers.models.qwen2.modeling_qwen2 as qwen2
 import transformers.models.qwen3.modeling_qwen3 as qwen3
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from services.gpu_worker.baseline import add_bottlenecks, peft_config
 from services.gpu_worker.finetune.dataset import Dataset
+from services.gpu_worker.finetune.trainer import Trainer
+from services.gpu_worker.model.adapters import Key
+from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.parameters import parameters
+from services.gpu_worker.model.peft import BottleneckConfig, Method
 
 NORMS = (llama.LlamaRMSNorm, mistral.MistralRMSNorm, qwen2.Qwen2RMSNorm, qwen3.Qwen3RMSNorm)
 
@@ -40,36 +46,64 @@ def exact_norms() -> Iterator[None]:
             norm.forward = original
 
 
-def make_peft(folder: Path, dtype: torch.dtype, rank: int, alpha: float, targets: tuple[str, ...]) -> Any:
-    """The folder's model with a LoRA whose A and B are random (B = 0 would hide a wrong gradient of A)."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
-    peft = get_peft_model(model, config)
+def make_peft(folder: Path, dtype: torch.dtype, method: Method) -> Any:
+    """The folder's model with the method on it, every trainable value random (LoRA's B = 0 would hide a wrong
+    gradient of A), and nothing rounded to float32 inside."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    torch.manual_seed(1)
+    if isinstance(method, BottleneckConfig):
+        model = add_bottlenecks(model, method, torch.float32)
+    else:
+        model = get_peft_model(model, peft_config(method))
     with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1)
-    return peft.to(dtype)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                around = 1.0 if "ia3_l" in name else parameter if "magnitude" in name else 0.0
+                parameter.copy_(around + torch.randn_like(parameter) * 0.1)
+    return model.to(dtype)
 
 
-def lora_tensors(peft: Any, gradients: bool = False) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
-    """(layer, target) -> A and B, or their gradients."""
-    found: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-    for name, module in peft.named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            parts = name.split(".")
-            pair = module.lora_A["default"].weight, module.lora_B["default"].weight
-            key = int(parts[parts.index("layers") + 1]), parts[-1]
-            found[key] = (pair[0].grad, pair[1].grad) if gradients else (pair[0].data, pair[1].data)
+def trainable_tensors(model: Any, method: Method, config: ModelConfig) -> dict[Key, Tensor]:
+    """The oracle's parameters under our keys, in our shapes; `.grad` of each is its gradient."""
+    named = {_file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    found: dict[Key, Tensor] = {}
+    for parameter in parameters(config, method):
+        found[parameter.layer, parameter.key] = named.pop(parameter.file_name)
+    assert not named, f"not ours: {', '.join(named)}"
     return found
 
 
-def batch_loss(peft: Any, dataset: Dataset, examples: list[int]) -> Tensor:
+def _file_name(name: str) -> str:
+    """What PEFT calls a parameter in a file."""
+    if name.startswith("prompt_encoder."):
+        return "prompt_embeddings"
+    if name.startswith("model."):  # a bottleneck, which PEFT does not know
+        return f"base_model.model.{name}"
+    return name.replace("_vector.default.weight", "_vector").replace(".default", "")
+
+
+def copy_from(trainer: Trainer, model: Any) -> None:
+    """Makes the job's masters the oracle's values."""
+    with torch.no_grad():
+        for key, value in trainable_tensors(model, trainer.method, trainer._model.config).items():
+            value.copy_(trainer.parameters.masters[key].view(value.shape))
+
+
+def copy_to(trainer: Trainer, model: Any) -> None:
+    """Makes the oracle's values the job's masters."""
+    values = trainable_tensors(model, trainer.method, trainer._model.config)
+    for key, master in trainer.parameters.masters.items():
+        master.copy_(values[key].detach().view(master.shape))
+    trainer.parameters.refresh()
+
+
+def batch_loss(model: Any, dataset: Dataset, examples: list[int]) -> Tensor:
     """Mean cross-entropy over the labelled tokens of all examples."""
-    total, count = torch.zeros((), dtype=peft.dtype), 0
+    total, count = torch.zeros((), dtype=model.dtype), 0
     for index in examples:
         tokens, labels = dataset.example(index)
-        logits = peft(input_ids=torch.from_numpy(tokens).long()[None]).logits[0]
+        logits = model(input_ids=torch.from_numpy(tokens).long()[None]).logits[0]
+        logits = logits[-len(tokens) :]  # not the rows of virtual tokens
         target = torch.from_numpy(labels)
         total = total + torch.nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
         count += int((target != -100).sum())

@@ -10,7 +10,7 @@ import pytest
 from services.gpu_worker.engine.engine import Engine, InvalidRequest
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.model.adapters import LoraConfig
+from services.gpu_worker.model.peft import LoraConfig
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import generate, make_adapter, make_engine, prompt_of, run, together, tokens_of
 from tests.gpu_worker.training import make_dataset

@@ -1,4 +1,4 @@
-"""The gate: token-level gradients equal whole-sequence autograd for any cut into windows."""
+"""The gate: token-level gradients equal whole-sequence autograd for any method and any cut into windows."""
 
 from __future__ import annotations
 
@@ -11,18 +11,45 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.gpu_worker.finetune.activations import POLICIES
+from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.finetune.trainer import Trainer
 from services.gpu_worker.kernels.dropout import Dropout
-from services.gpu_worker.model.adapters import LoraConfig
+from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.peft import (
+    ACTIVATIONS,
+    BottleneckConfig,
+    Ia3Config,
+    LoraConfig,
+    Method,
+    PrefixConfig,
+    PromptConfig,
+    num_virtual_tokens,
+    projections,
+)
 from tests.builders import make_tiny_model
-from tests.gpu_worker.oracle import batch_loss, exact_norms, lora_tensors, make_peft
+from tests.gpu_worker.oracle import batch_loss, copy_to, exact_norms, make_peft, trainable_tensors
 from tests.gpu_worker.training import advance, make_dataset, make_trainer, make_transformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = ("llama", "llama3.1", "qwen2", "qwen3", "mistral")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+LORA = LoraConfig(4, 6.0, TARGETS)
+METHODS: dict[str, Method] = {
+    "lora": LORA,
+    "rslora": LoraConfig(4, 6.0, TARGETS, rslora=True),
+    "dora": LoraConfig(4, 6.0, TARGETS, dora=True),
+    "lora-vocabulary": LoraConfig(4, 6.0, ("q_proj", "embed_tokens", "lm_head")),
+    "lora-embedding": LoraConfig(4, 6.0, ("embed_tokens",)),
+    "lora-head": LoraConfig(4, 6.0, ("lm_head",)),
+    "ia3": Ia3Config(),
+    "ia3-everywhere": Ia3Config(TARGETS, ("o_proj", "down_proj")),
+    "serial": BottleneckConfig(6),
+    "serial-everywhere": BottleneckConfig(6, TARGETS, "gelu", 0.7),
+    "parallel": BottleneckConfig(6, ("o_proj", "gate_proj", "down_proj"), "silu", 1.5, parallel=True),
+    "prefix": PrefixConfig(5),
+    "prompt": PromptConfig(5),
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,58 +72,46 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def gradient_error(
     folder: Path,
     dtype: torch.dtype,
+    method: Method,
     lengths: list[int],
     sizes: random.Random,
     largest: int,
-    targets: tuple[str, ...],
-    policy: str,
-    in_flight: int,
+    policy: int = -1,
+    in_flight: int = 48,
     masked: float = 0.3,
     dropout: float = 0.0,
 ) -> float:
-    """Worst relative error of any LoRA gradient over one optimizer step cut into random windows."""
+    """Worst relative error of any parameter's gradient over one optimizer step cut into random windows."""
     torch.manual_seed(0)
     model = make_transformer(folder, dtype)
     dataset = make_dataset(lengths, model.config.vocab_size, masked=masked)
-    lora = LoraConfig(rank=4, alpha=6.0, targets=targets)
     trainer = make_trainer(
         model,
         dataset,
-        lora=lora,
+        method=method,
         config=JobConfig(batch_size=len(dataset), lora_dropout=dropout),
         policy=policy,
-        max_tokens_in_flight=max(in_flight, max(lengths)),
+        max_tokens_in_flight=max(in_flight, max(lengths) + num_virtual_tokens(method)),
     )
     with exact_norms():
-        peft = make_peft(folder, dtype, lora.rank, lora.alpha, targets)
-        for key, (a, b) in lora_tensors(peft).items():
-            trainer.parameters.masters()[key][0].copy_(a)
-            trainer.parameters.masters()[key][1].copy_(b)
-        trainer.parameters.refresh()
+        oracle = make_peft(folder, dtype, method)
+        copy_to(trainer, oracle)
         if dropout:
-            use_masks(peft, trainer)
-        loss = batch_loss(peft, dataset, list(range(len(dataset))))
+            use_masks(oracle, trainer)
+        loss = batch_loss(oracle, dataset, list(range(len(dataset))))
         loss.backward()
     advance(trainer, lambda: sizes.randint(1, largest))
 
     mean, _ = trainer._total.means()
     assert mean == pytest.approx(float(loss.detach()), rel=1e-5 if dtype == torch.float32 else 1e-9)
-    expected = lora_tensors(peft, gradients=True)
-    worst = 0.0
-    for layer, groups in enumerate(trainer.parameters.gradients):
-        for gradient in groups.values():
-            for block in gradient.b:
-                name = next(
-                    n
-                    for n, (p, columns) in trainer.parameters.weights.blocks.items()
-                    if (p.rows, columns) == (block.out, block.rank) and gradient is groups[p.group]
-                )
-                a, b = expected[layer, name]
-                worst = max(worst, relative_error(gradient.a[block.rank], a), relative_error(block.grad, b))
-    return worst
+    expected = trainable_tensors(oracle, method, model.config)
+    ours = trainer.parameters.gradients
+    assert ours.keys() == expected.keys()
+    errors = {key: relative_error(ours[key], expected[key].grad.view(ours[key].shape)) for key in ours}
+    return max(errors.values())
 
 
-def use_masks(peft: Any, trainer: Trainer) -> None:
+def use_masks(model: Any, trainer: Trainer) -> None:
     """Puts our masks of a single training sequence of one example where peft draws its own."""
     sequence = trainer.job.sequence
     dropout = Dropout(trainer.job.config.lora_dropout, f"0|0|{sequence.examples[0]}")
@@ -110,19 +125,23 @@ def use_masks(peft: Any, trainer: Trainer) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * dropout.mask(*self.place, tokens, x[0])
 
-    for name, module in peft.named_modules():
+    known = projections(trainer._model.config)
+    for name, module in model.named_modules():
         if hasattr(module, "lora_dropout") and "default" in module.lora_dropout:
             parts = name.split(".")
-            group = trainer.parameters.weights.blocks[parts[-1]][0].group
-            module.lora_dropout["default"] = Masked(int(parts[parts.index("layers") + 1]), group)
+            place = int(parts[parts.index("layers") + 1]), known[parts[-1]].group
+            module.lora_dropout["default"] = Masked(*place)
 
 
-@pytest.mark.parametrize("policy", ["full", "x_only"])
+Folders = dict[tuple[str, bool], Path]
+
+
+@pytest.mark.parametrize("policy", [0, -1])
 def test_dropout_masks_are_the_same_in_every_window_and_in_the_backward(
-    folders: dict[tuple[str, bool], Path], policy: str
+    folders: Folders, policy: int
 ) -> None:
     error = gradient_error(
-        folders["qwen3", False], torch.float64, [150], random.Random(4), 40, TARGETS, policy, 150, dropout=0.4
+        folders["qwen3", False], torch.float64, LORA, [150], random.Random(4), 40, policy, dropout=0.4
     )
     assert error < 1e-9
 
@@ -131,31 +150,49 @@ def test_dropout_masks_are_the_same_in_every_window_and_in_the_backward(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_gradients_equal_autograd_for_every_architecture(
-    folders: dict[tuple[str, bool], Path], architecture: str, tied: bool, dtype: torch.dtype
+    folders: Folders, architecture: str, tied: bool, dtype: torch.dtype
 ) -> None:
-    error = gradient_error(
-        folders[architecture, tied], dtype, [37, 22, 5], random.Random(1), 9, TARGETS, "no_gu", 48
-    )
+    error = gradient_error(folders[architecture, tied], dtype, LORA, [37, 22, 5], random.Random(1), 9, 3)
     assert error < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gradients_equal_autograd_for_every_method(
+    folders: Folders, architecture: str, name: str, dtype: torch.dtype
+) -> None:
+    lengths, windows = [37, 22, 5], random.Random(1)
+    error = gradient_error(folders[architecture, False], dtype, METHODS[name], lengths, windows, 9, 1)
+    assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3-everywhere", "serial-everywhere", "prefix", "prompt"])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_every_activation_policy_gives_the_same_gradients(
-    folders: dict[tuple[str, bool], Path], architecture: str, policy: str
+    folders: Folders, architecture: str, name: str
 ) -> None:
-    error = gradient_error(
-        folders[architecture, False], torch.float64, [23, 14], random.Random(2), 7, TARGETS, policy, 64
-    )
+    folder, method = folders[architecture, False], METHODS[name]
+    config = ModelConfig.from_folder(folder)
+    compiled = CompiledMethod(config, method, dtype=torch.float64, sequence_length=64)
+    for policy in range(len(compiled.policies)):
+        error = gradient_error(
+            folder, torch.float64, method, [23, 14], random.Random(2), 7, policy, in_flight=64
+        )
+        assert error < 1e-9, compiled.policies[policy].name
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_of_a_bottleneck_is_differentiated(folders: Folders, activation: Any) -> None:
+    method = BottleneckConfig(6, ("q_proj", "down_proj"), activation)
+    error = gradient_error(folders["llama", True], torch.float64, method, [19, 11], random.Random(3), 8)
     assert error < 1e-9
 
 
 @pytest.mark.parametrize("largest", [1, 1000])
-def test_windows_of_one_token_and_of_a_whole_sequence_are_exact(
-    folders: dict[tuple[str, bool], Path], largest: int
-) -> None:
+def test_windows_of_one_token_and_of_a_whole_sequence_are_exact(folders: Folders, largest: int) -> None:
     error = gradient_error(
-        folders["llama", True], torch.float64, [19, 11], random.Random(3), largest, TARGETS, "full", 64
+        folders["llama", True], torch.float64, LORA, [19, 11], random.Random(3), largest, 0
     )
     assert error < 1e-9
 
@@ -169,12 +206,12 @@ def test_windows_of_one_token_and_of_a_whole_sequence_are_exact(
     seed=st.integers(0, 2**31),
     largest=st.integers(1, 50),
     targets=st.lists(st.sampled_from(TARGETS), min_size=1, unique=True),
-    policy=st.sampled_from(sorted(POLICIES)),
+    policy=st.integers(-1, 3),
     in_flight=st.integers(40, 120),
     masked=st.sampled_from([0.0, 0.3, 0.6]),
 )
 def test_gradients_equal_autograd_for_random_windows(
-    folders: dict[tuple[str, bool], Path],
+    folders: Folders,
     architecture: str,
     tied: bool,
     dtype: torch.dtype,
@@ -182,20 +219,13 @@ def test_gradients_equal_autograd_for_random_windows(
     seed: int,
     largest: int,
     targets: list[str],
-    policy: str,
+    policy: int,
     in_flight: int,
     masked: float,
 ) -> None:
-    ordered = tuple(name for name in TARGETS if name in targets)
+    method = LoraConfig(4, 6.0, tuple(name for name in TARGETS if name in targets))
+    windows = random.Random(seed)
     error = gradient_error(
-        folders[architecture, tied],
-        dtype,
-        lengths,
-        random.Random(seed),
-        largest,
-        ordered,
-        policy,
-        in_flight,
-        masked,
+        folders[architecture, tied], dtype, method, lengths, windows, largest, policy, in_flight, masked
     )
     assert error < TOLERANCE[dtype]

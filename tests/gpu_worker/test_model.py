@@ -40,7 +40,7 @@ def test_raw_logits_differ_by_less_than_one_in_ten_thousand(tmp_path: Path, arch
     engine = make_engine(folder)
     seen: list[torch.Tensor] = []
     original = engine.model.logits
-    engine.model.logits = lambda hidden: seen.append(original(hidden)) or seen[-1].clone()  # type: ignore[method-assign,func-returns-value]
+    engine.model.logits = lambda *args: seen.append(original(*args)) or seen[-1].clone()  # type: ignore[method-assign,func-returns-value]
     prompt = prompt_of(engine, 60)
     output = generate(engine, prompt, Sampling(max_tokens=8)).tokens
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

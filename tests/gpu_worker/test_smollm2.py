@@ -17,7 +17,7 @@ from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.model.adapters import LoraConfig
+from services.gpu_worker.model.peft import LoraConfig
 from services.model_pull import DEFAULT_MODEL, pull_model
 from shared.tokenizer import ChatTokenizer
 from tests.gpu_worker.engines import run

@@ -16,10 +16,10 @@ from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.finetune.trainer import StepReport
-from services.gpu_worker.model.adapters import LoraConfig
+from services.gpu_worker.model.peft import LoraConfig
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import make_engine, prompt_of, run
-from tests.gpu_worker.oracle import batch_loss, lora_tensors, make_peft
+from tests.gpu_worker.oracle import batch_loss, copy_from, make_peft
 from tests.gpu_worker.training import make_dataset
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -72,12 +72,10 @@ def oracle(
     folder: Path, engine: Engine, job_id: str, dataset: Dataset, validation: Dataset | None = None
 ) -> Iterator[dict[str, float]]:
     """The plain loop on the same start, data order, schedule and clipping; yields what each step reports."""
-    job, parameters = engine.job(job_id), engine.runner.trainers[job_id].parameters
+    job = engine.job(job_id)
     config = job.config
-    peft = make_peft(folder, torch.float32, LORA.rank, LORA.alpha, LORA.targets)
-    for key, (a, b) in lora_tensors(peft).items():
-        a.copy_(parameters.masters()[key][0])
-        b.copy_(parameters.masters()[key][1])
+    peft = make_peft(folder, torch.float32, LORA)
+    copy_from(engine.runner.trainers[job_id], peft)
     trainable = [parameter for parameter in peft.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable,
@@ -201,13 +199,10 @@ def test_evaluations_equal_the_oracle_and_do_not_change_the_training(folder: Pat
 def test_the_mean_token_accuracy_is_the_share_of_likeliest_tokens_that_are_right(folder: Path) -> None:
     engine = make_engine(folder)
     dataset = add_job(engine, "ftjob-1", JobConfig(batch_size=len(LENGTHS), max_steps=1))
-    peft = make_peft(folder, torch.float32, LORA.rank, LORA.alpha, LORA.targets)
-    masters = engine.runner.trainers["ftjob-1"].parameters.masters()
+    peft = make_peft(folder, torch.float32, LORA)
+    copy_from(engine.runner.trainers["ftjob-1"], peft)
     right = count = 0
     with torch.no_grad():
-        for key, (a, b) in lora_tensors(peft).items():
-            a.copy_(masters[key][0])
-            b.copy_(masters[key][1])
         for index in range(len(dataset)):
             tokens, labels = (torch.from_numpy(array).long() for array in dataset.example(index))
             best = peft(input_ids=tokens[None]).logits[0].argmax(-1)

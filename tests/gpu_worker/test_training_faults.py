@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from services.gpu_worker.compiler.programs import KeptTensor
 from services.gpu_worker.engine.engine import Engine, JobEvent
 from services.gpu_worker.engine.latency import Curve, LatencyModel
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig, Phase
 from services.gpu_worker.finetune.trainer import TrainingDiverged
-from services.gpu_worker.model.adapters import LoraConfig
+from services.gpu_worker.model.peft import LoraConfig
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import generate, make_engine, prompt_of, run
 from tests.gpu_worker.training import make_dataset
@@ -182,7 +183,7 @@ def test_three_such_steps_in_a_row_fail_the_job_and_nobody_else(folder: Path) ->
     add_job(engine, "ftjob-good", seed=1)
     add_job(engine, "ftjob-bad")
     bad = engine.runner.trainers["ftjob-bad"].parameters
-    bad.masters()[0, "v_proj"][1].fill_(float("nan"))
+    bad.masters[0, "v_proj.b"].fill_(float("nan"))
     bad.refresh()
     engine.add("r", prompt, sampling, cache_salt="beside")
     outputs, events = run(engine, "r")
@@ -201,7 +202,8 @@ def test_a_job_whose_buffers_cannot_be_made_fails_alone(folder: Path) -> None:
     engine = make_engine(folder)
     add_job(engine, "ftjob-good", seed=1)
     add_job(engine, "ftjob-big")
-    engine.runner.trainers["ftjob-big"]._policy = "more than there is"
+    tensors = engine.runner.trainers["ftjob-big"].policies.compiled.tensors
+    tensors["x"] = KeptTensor("x", 1 << 50, False)  # more than there is
     _, events = run(engine)
     assert {event.job_id: event.error is None for event in events if event.finished or event.error} == {
         "ftjob-good": True,

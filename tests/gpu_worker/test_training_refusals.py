@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from services.gpu_worker.finetune.checkpoint import InvalidCheckpoint
 from services.gpu_worker.finetune.dataset import Dataset, InvalidDataset
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.model.adapters import LoraConfig
+from services.gpu_worker.model.peft import LoraConfig
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import make_engine, run
 from tests.gpu_worker.training import make_dataset
@@ -42,7 +42,7 @@ def dataset_of(tokens: list[int], mask: list[int], offsets: list[int]) -> Datase
         (dataset_of([5, -3], [1, 1], [0, 2]), None, LORA, "token -3"),
         (dataset_of([5, 6, 7, 8], [1, 1, 1, 0], [0, 2, 4]), None, LORA, "example 1 .*no training target"),
         (dataset_of([5, 6], [1, 1], [0, 2]), None, replace(LORA, rank=1000), "rank 1000"),
-        (dataset_of([5, 6], [1, 1], [0, 2]), None, replace(LORA, targets=("lm_head",)), "lm_head"),
+        (dataset_of([5, 6], [1, 1], [0, 2]), None, replace(LORA, targets=("c_attn",)), "c_attn"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from services.gpu_worker.compiler.programs import CompiledMethod, ForwardPrograms
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase, Window
+from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
 from services.gpu_worker.kernels.kv_cache import KVCache
-from services.gpu_worker.model.adapters import LoraConfig
+from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.context import Capture, ForwardContext
+from services.gpu_worker.model.peft import Method
 from services.gpu_worker.model.transformer import Transformer
 from services.gpu_worker.model.weights import load_weights
 
@@ -37,20 +41,29 @@ def make_trainer(
     model: Transformer,
     dataset: Dataset,
     *,
-    lora: LoraConfig,
+    method: Method,
     config: JobConfig | None = None,
     validation: Dataset | None = None,
-    policy: str = "no_gu",
+    policy: int = -1,
     max_tokens_in_flight: int = 256,
 ) -> Trainer:
+    """`policy` is an index into the method's list; the last keeps least."""
     config = config or JobConfig(batch_size=len(dataset))
+    compiled = CompiledMethod(
+        model.config,
+        method,
+        dtype=model.weights.dtype,
+        sequence_length=max_tokens_in_flight,
+        dropout=config.lora_dropout > 0,
+    )
     job = FinetuneJob(
         job_id="ftjob-test",
         config=config,
-        training=examples_of(dataset),
-        validation=examples_of(validation) if validation else None,
+        training=examples_of(dataset, method),
+        validation=examples_of(validation, method) if validation else None,
         num_layers=model.config.num_layers,
         max_tokens_in_flight=max_tokens_in_flight,
+        trains_layers=compiled.trains_layers,
     )
     num_blocks = -(-max_tokens_in_flight // BLOCK_SIZE)
     weights = model.weights
@@ -63,18 +76,27 @@ def make_trainer(
         weights.dtype,
         weights.device,
     )
-    return Trainer(model, cache, job, lora, dataset, validation, policy)
+    policies = LayerPolicies.uniform(compiled, compiled.policies[policy])
+    return Trainer(model, cache, job, dataset, validation, policies)
+
+
+@cache
+def forward_programs(config: ModelConfig) -> ForwardPrograms:
+    return ForwardPrograms(config)
 
 
 def forward(trainer: Trainer, window: Window) -> None:
     model, cache = trainer._model, trainer._cache
     positions = range(window.start, window.end)
     blocks = [trainer.job.blocks[p // BLOCK_SIZE] for p in positions]
+    run = trainer.adapter_run(window, 0)
+    kept = frozenset() if trainer.job.evaluating else trainer.policies.reserve.labels
     context = ForwardContext(
         positions=trainer.positions(window),
         slots=cache.slots(blocks, [p % BLOCK_SIZE for p in positions]),
+        program=forward_programs(model.config).get(run.weights.sites, kept),
         windows=[trainer.paged(window)],
-        adapters=[trainer.adapter_run(window, 0)],
+        adapters=[run],
         captures=[]
         if trainer.job.evaluating
         else [Capture(slice(0, window.num_tokens), trainer.store, window.start)],

@@ -134,7 +134,11 @@ def _merge(owner: dict[Node, Node], node: Node, operand: Node) -> None:
 
 
 def _is_free(
-    operand: Any, node: Node, owner: Mapping[Node, Node], last_use: Mapping[Node, int], order: Mapping[Node, int]
+    operand: Any,
+    node: Node,
+    owner: Mapping[Node, Node],
+    last_use: Mapping[Node, int],
+    order: Mapping[Node, int],
 ) -> bool:
     """Whether the operand was made in this program, whole, and its memory is read by nobody after `node`."""
     if not isinstance(operand, Node) or operand.target is operator.getitem:

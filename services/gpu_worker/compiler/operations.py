@@ -242,4 +242,3 @@ def annotate(nodes: Sequence[Node], sizes: Sizes) -> None:
             own = FORWARD[node.target]  # type: ignore[index]
             node.meta["widths"] = own.widths(node, sizes)
             node.meta["flops"] = own.flops(node, sizes)
-

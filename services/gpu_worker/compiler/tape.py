@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from services.gpu_worker.model.layer_backward import add_product, product, weight_gradient
 from services.gpu_worker.model.layer import add
+from services.gpu_worker.model.layer_backward import add_product, product, weight_gradient
 
 
 class Tape:
@@ -59,4 +59,6 @@ class Tape:
 
     def trainable(self, name: str, target: Callable[..., Any], *args: Any) -> None:
         """The sum of a trainable tensor's gradient: what everything in reverse is computed for."""
-        self.trainable_roots.append(self.call(target, self.call(operator.getitem, self.accumulators, name), *args))
+        self.trainable_roots.append(
+            self.call(target, self.call(operator.getitem, self.accumulators, name), *args)
+        )

@@ -138,7 +138,9 @@ class _Insertion:
         split = next((user for user in node.users if user.target is layer.split), None)
         if split is None:
             return node
-        index = [p.name for p in projections(self.config).values() if p.group == member.group].index(member.name)
+        index = [p.name for p in projections(self.config).values() if p.group == member.group].index(
+            member.name
+        )
         return next(user for user in split.users if user.args[1] == index)
 
     def _change(self, node: Node, member: Projection, make: Callable[[Node, Projection], Node]) -> None:
@@ -181,7 +183,11 @@ class _Insertion:
         linear = node
         with self.graph.inserting_before(linear):
             factor = self._fetch(
-                kernels.fetch, f"{member.name}.input_scale", (member.in_features,), member.group, "input_scale"
+                kernels.fetch,
+                f"{member.name}.input_scale",
+                (member.in_features,),
+                member.group,
+                "input_scale",
             )
             scaled = self._call(kernels.scale, linear.args[0], factor)
         linear.replace_input_with(linear.args[0], scaled)  # type: ignore[arg-type]

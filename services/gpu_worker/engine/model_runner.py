@@ -249,14 +249,14 @@ class ModelRunner:
         places, tokens = [], []
         for chunk, span in rows.chunks:
             if run.start <= span.start < run.end:
-                virtual = range(chunk.start, min(chunk.start + chunk.num_tokens, run.weights.num_virtual_tokens))
+                virtual = range(
+                    chunk.start, min(chunk.start + chunk.num_tokens, run.weights.num_virtual_tokens)
+                )
                 places += [span.start + token - chunk.start for token in virtual]
                 tokens += virtual
         if not places:
             return None
-        return VirtualRows(
-            torch.tensor(places, device=self.device), torch.tensor(tokens, device=self.device)
-        )
+        return VirtualRows(torch.tensor(places, device=self.device), torch.tensor(tokens, device=self.device))
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
         """Row i predicts token i + 1 of the prompt; the first token has no prediction."""

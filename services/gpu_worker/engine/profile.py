@@ -16,8 +16,8 @@ from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Window
 from services.gpu_worker.finetune.loss import LossSum, window_loss
-from services.gpu_worker.finetune.trainer import Trainer, examples_of
 from services.gpu_worker.finetune.policies import LayerPolicies
+from services.gpu_worker.finetune.trainer import Trainer, examples_of
 
 REPEATS = 3
 NUM_DECODES = 8

@@ -75,4 +75,3 @@ class KeptWindow:
     def __getitem__(self, label: str) -> Tensor | None:
         """Keys and values are in the cache, where the context finds them."""
         return None if label == "cached" else self.buffers[label][self.tokens]
-

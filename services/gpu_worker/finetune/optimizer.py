@@ -108,7 +108,9 @@ class TrainableParameters:
         found: dict[str, Any] = {}
         for group in GROUPS:
             members = [
-                p for p in projections(self._base.config).values() if p.group == group and p.name in lora.targets
+                p
+                for p in projections(self._base.config).values()
+                if p.group == group and p.name in lora.targets
             ]
             if not members:
                 continue

@@ -49,7 +49,9 @@ class Bypass:
     shift: Tensor | None = None  # [out], added after that
     input_scale: Tensor | None = None  # [in], times the linear's input
     bottlenecks: tuple[Bottleneck, ...] = ()
-    bases: tuple[tuple[str, slice], ...] = ()  # projections that more than an addition changes, and their rows
+    bases: tuple[
+        tuple[str, slice], ...
+    ] = ()  # projections that more than an addition changes, and their rows
 
     @property
     def size_bytes(self) -> int:

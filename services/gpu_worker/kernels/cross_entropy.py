@@ -103,7 +103,9 @@ class _Rows:
             own = logits.gather(1, (self.label - tokens.start).clamp(0, logits.shape[1] - 1))
             at_label = torch.where(inside, own, at_label)
             risen = torch.maximum(top, largest)
-            exps = logits.sub_(risen).exp_()  # in place: a piece of logits is the largest tensor that there is
+            exps = logits.sub_(
+                risen
+            ).exp_()  # in place: a piece of logits is the largest tensor that there is
             total = total * (largest - risen).exp() + exps.sum(-1, keepdim=True)
             largest = risen
             self._only = exps if logits.shape[1] == self.head.out_features else None

@@ -115,7 +115,12 @@ class AdapterWeights:
             bypass.bases = (*bypass.bases, (projection.name, projection.rows))
             if bypass.scale is None:
                 bypass.scale = self._zeros(out).fill_(1)
-            if role == "magnitude" and projection.group == "qkv" and self._base.config.qkv_bias and bypass.shift is None:
+            if (
+                role == "magnitude"
+                and projection.group == "qkv"
+                and self._base.config.qkv_bias
+                and bypass.shift is None
+            ):
                 bypass.shift = self._zeros(out)
         elif role == "input_scale":
             bypass.input_scale = self._zeros(projection.in_features)

@@ -1,11 +1,8 @@
-"""Adjoints of the operations of `model/layer.py`, for the compiler to build backward programs from.
-
-`ctx` is the backward's context (`finetune/backward.py`): it holds the window and the sums over windows.
-"""
+"""Adjoints of the operations of `model/layer.py`, for the compiler to build backward programs from."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +10,17 @@ from torch import Tensor
 from services.gpu_worker.kernels.linear import FrozenLinear
 from services.gpu_worker.kernels.norm_rope import rms_norm_backward, rope_backward
 
-if TYPE_CHECKING:
-    from services.gpu_worker.finetune.backward import BackwardContext
+
+class BackwardContext(Protocol):
+    """What a backward program knows beside tensors: the window, and the sums over windows."""
+
+    @property
+    def rotation(self) -> tuple[Tensor, Tensor]: ...
+    def attend_backward(self, do: Tensor, q: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, None]: ...
+    def cache_gradient(self) -> tuple[Tensor, Tensor]: ...
+    def without_virtual(self, gradient: Tensor) -> Tensor: ...
+    def accumulate_virtual(self, grad: Tensor, gradient: Tensor) -> None: ...
+    def dropout(self, x: Tensor, group: str) -> Tensor: ...
 
 
 def project_backward(dy: Tensor, weight: FrozenLinear) -> Tensor:

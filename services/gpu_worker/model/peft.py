@@ -95,7 +95,9 @@ class Ia3Config:
             raise InvalidAdapter("every feedforward module has to be a target module too")
         shared = set(self.feedforward) - {"o_proj", "down_proj"}
         if shared:
-            raise InvalidAdapter(f"the input of {sorted(shared)[0]!r} is shared; only o_proj's and down_proj's scale")
+            raise InvalidAdapter(
+                f"the input of {sorted(shared)[0]!r} is shared; only o_proj's and down_proj's scale"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,13 +92,17 @@ def _read_lora(config: Mapping[str, Any], model: ModelConfig) -> LoraConfig:
 
 def _read_ia3(config: Mapping[str, Any], model: ModelConfig) -> Ia3Config:
     known = list(projections(model))
-    return Ia3Config(_modules(config, "target_modules", known), _modules(config, "feedforward_modules", known))
+    return Ia3Config(
+        _modules(config, "target_modules", known), _modules(config, "feedforward_modules", known)
+    )
 
 
 def _read_bottleneck(config: Mapping[str, Any], model: ModelConfig) -> BottleneckConfig:
     size, scaling = config.get("bottleneck_size"), config.get("scaling", 1.0)
     if type(size) is not int or size > MAX_BOTTLENECK or not isinstance(scaling, (int, float)):
-        raise InvalidAdapter(f"bottleneck_size {size!r} (at most {MAX_BOTTLENECK}) and scaling {scaling!r}: numbers")
+        raise InvalidAdapter(
+            f"bottleneck_size {size!r} (at most {MAX_BOTTLENECK}) and scaling {scaling!r}: numbers"
+        )
     return BottleneckConfig(
         size,
         _modules(config, "target_modules", list(projections(model))),
@@ -158,14 +162,18 @@ def method_to_peft(method: Method, model: ModelConfig, base_model: str) -> dict[
             "use_parallel_adapter": method.parallel,
         }
     prefix = isinstance(method, PrefixConfig)
-    return common | {
-        "peft_type": "PREFIX_TUNING" if prefix else "PROMPT_TUNING",
-        "num_virtual_tokens": num_virtual_tokens(method),
-        "num_layers": model.num_layers,
-        "num_attention_heads": model.num_kv_heads if prefix else model.num_heads,
-        "num_transformer_submodules": 1,
-        "token_dim": model.kv_size if prefix else model.hidden_size,
-    } | ({"prefix_projection": False, "encoder_hidden_size": model.kv_size} if prefix else {})
+    return (
+        common
+        | {
+            "peft_type": "PREFIX_TUNING" if prefix else "PROMPT_TUNING",
+            "num_virtual_tokens": num_virtual_tokens(method),
+            "num_layers": model.num_layers,
+            "num_attention_heads": model.num_kv_heads if prefix else model.num_heads,
+            "num_transformer_submodules": 1,
+            "token_dim": model.kv_size if prefix else model.hidden_size,
+        }
+        | ({"prefix_projection": False, "encoder_hidden_size": model.kv_size} if prefix else {})
+    )
 
 
 def read_peft(base: ModelWeights, files: Mapping[str, bytes], max_rank: int) -> AdapterWeights:
