@@ -10,7 +10,7 @@ import torch
 from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.kernels.linear import FrozenLinear
+from services.gpu_worker.kernels.linear import DenseLinear
 from services.gpu_worker.model.peft import LoraConfig
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import generate, make_engine, prompt_of, run
@@ -32,13 +32,13 @@ def test_a_packed_weight_multiplies_like_a_plain_one(num_rows: int, has_bias: bo
     x, weight = torch.randn(num_rows, 64).bfloat16(), torch.randn(96, 64).bfloat16()
     bias = torch.randn(96).bfloat16() if has_bias else None
     plain = torch.nn.functional.linear(x, weight, bias)
-    torch.testing.assert_close(FrozenLinear(weight, bias).forward(x), plain, rtol=1e-2, atol=5e-2)
+    torch.testing.assert_close(DenseLinear(weight, bias).forward(x), plain, rtol=1e-2, atol=5e-2)
 
 
 def test_only_what_gains_by_it_is_packed() -> None:
-    wide = FrozenLinear(torch.randn(8, 8))
+    wide = DenseLinear(torch.randn(8, 8))
     assert wide.size_bytes == 8 * 8 * 4
-    narrow = FrozenLinear(torch.randn(8, 8).bfloat16())
+    narrow = DenseLinear(torch.randn(8, 8).bfloat16())
     packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert narrow.size_bytes == 8 * 8 * 2 * (2 if packs else 1)
 

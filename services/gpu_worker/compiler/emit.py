@@ -102,7 +102,7 @@ def _use_memory_again(graph: Graph) -> None:
         for operand in node.all_input_nodes:
             last_use[owner[operand]] = order[node]
     for node in graph.nodes:
-        form = IN_PLACE.get(node.target)  # type: ignore[arg-type]
+        form = IN_PLACE.get(node.target)
         if form is None:
             continue
         target, index = form

@@ -237,8 +237,8 @@ def annotate(nodes: Sequence[Node], sizes: Sizes) -> None:
             node.meta.update(widths=(sizes.hidden,), flops=0.0)
         elif node.target is operator.getitem and "widths" in node.args[0].meta:  # type: ignore[union-attr]
             source, index = node.args
-            node.meta.update(widths=(source.meta["widths"][index],), flops=0.0)  # type: ignore[union-attr,index]
+            node.meta.update(widths=(source.meta["widths"][index],), flops=0.0)
         elif node.op == "call_function" and node.target in FORWARD:
-            own = FORWARD[node.target]  # type: ignore[index]
+            own = FORWARD[node.target]
             node.meta["widths"] = own.widths(node, sizes)
             node.meta["flops"] = own.flops(node, sizes)

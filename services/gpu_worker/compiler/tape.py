@@ -35,7 +35,7 @@ class Tape:
         """The forward tensor that is output `index` of an operation with several."""
         return next(user for user in node.users if user.target is operator.getitem and user.args[1] == index)
 
-    def parameter(self, node: Node) -> str:
+    def parameter(self, node: Any) -> str:
         """Where the gradient of a bypass's tensor is summed."""
         return str(node.meta["parameter"])
 

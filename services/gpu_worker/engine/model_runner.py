@@ -246,7 +246,8 @@ class ModelRunner:
         return training + serving
 
     def _virtual_rows(self, run: AdapterRun, rows: _Rows) -> VirtualRows | None:
-        places, tokens = [], []
+        places: list[int] = []
+        tokens: list[int] = []
         for chunk, span in rows.chunks:
             if run.start <= span.start < run.end:
                 virtual = range(

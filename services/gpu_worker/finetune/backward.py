@@ -76,7 +76,7 @@ class BackwardContext:
         return summed[:, self.tokens].transpose(0, 1).to(self.keys.dtype).flatten(1)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.keys.shape[-1]))
+        return x.view(x.shape[0], -1, self.keys.shape[-1])
 
     def without_virtual(self, gradient: Tensor) -> Tensor:
         virtual = self.run.virtual

@@ -16,8 +16,6 @@ from services.gpu_worker.model.adapters import AdapterWeights
 from services.gpu_worker.model.peft import base_label
 from services.gpu_worker.model.weights import LayerWeights
 
-Cached = None  # the keys and values of earlier rows are in the cache itself
-
 
 class ActivationSink(Protocol):
     """Keeps what it wants of [n, width] rows as the tokens from `start` on of a training sequence."""

@@ -21,7 +21,7 @@ from services.gpu_worker.kernels.norm_rope import rms_norm, rope, silu_mul
 from services.gpu_worker.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from services.gpu_worker.model.context import Cached, LayerContext
+    from services.gpu_worker.model.context import LayerContext
 
 
 def project(x: Tensor, weight: FrozenLinear) -> Tensor:
@@ -35,7 +35,7 @@ def project_rows(x: Tensor, weight: FrozenLinear, rows: int) -> Tensor:
 
 def split(x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Views of neighbouring features."""
-    return x.split(sizes, -1)
+    return tuple(x.split(sizes, -1))
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
@@ -63,12 +63,14 @@ def virtual_rows(k: Tensor, v: Tensor, ctx: LayerContext) -> tuple[Tensor, Tenso
     return ctx.virtual_rows(k, v)
 
 
-def cache_write(k: Tensor, v: Tensor, ctx: LayerContext) -> Cached:
-    """Keys and values [N, G * E] of the rows into the cache."""
-    return ctx.cache_write(k, v)
+def cache_write(k: Tensor, v: Tensor, ctx: LayerContext) -> Any:
+    """Keys and values [N, G * E] of the rows into the cache. The result stands for them in the graph: it says
+    that `attend` comes later, which finds them in the cache."""
+    ctx.cache_write(k, v)
+    return None
 
 
-def attend(q: Tensor, cached: Cached, ctx: LayerContext) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, cached: None, ctx: LayerContext) -> tuple[Tensor, Tensor]:
     """Causal attention of every row to its sequence: [N, H * E], and the log-sum-exp [N, H]."""
     return ctx.attend(q, cached)
 
