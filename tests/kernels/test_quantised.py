@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from services.gpu_worker.kernels import quantised
 from services.gpu_worker.kernels.quantised import SCHEMES, QuantisedLinear, Scheme, quantise
@@ -83,6 +86,38 @@ def test_cutting_the_weight_into_pieces_changes_no_bit(
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
     assert torch.equal(cut.dense(), whole.dense())
+
+
+class LargestResult(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        own = isinstance(result, torch.Tensor) and not func.is_view
+        if own and not any(result is a for a in args) and result is not (kwargs or {}).get("out"):
+            self.size_bytes = max(self.size_bytes, result.numel() * result.element_size())
+        return result
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_product_needs_more_than_a_piece_of_the_dense_weight(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised, "PIECE", 1 << 15)
+    linear = quantise(make_weight(512, 512, torch.float32), scheme=scheme)
+    x = make_input(4, 512, torch.float32)
+    with LargestResult() as largest:
+        linear.forward(x)
+        linear.forward_rows(x, 300)
+        linear.input_gradient(x)
+    assert 0 < largest.size_bytes <= 4 << 15
+    with LargestResult() as largest:
+        linear.dense()
+    assert largest.size_bytes >= 4 * 512 * 512
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

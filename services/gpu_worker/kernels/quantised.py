@@ -3,7 +3,8 @@
 Only the weight is quantised, by rounding to the nearest level; what comes in and what goes out keep the model's
 dtype. Few rows in bfloat16 on a CPU take torch's own kernels, which read the codes. Everything else (many rows,
 the gradient, other dtypes, a GPU) dequantises a piece of the weight, at most PIECE elements of it, and
-multiplies by that. The pieces run along what is not summed over, so that cutting changes no sum.
+multiplies by that, so that no layer needs more memory than that beside its result. The pieces run along what
+is not summed over: cutting changes no sum.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from services.gpu_worker.kernels.linear import FrozenLinear
 Scheme = Literal["int8", "int4"]
 SCHEMES: tuple[Scheme, ...] = ("int8", "int4")
 
-# GGUF's 4-bit types share scales among 32 as well: of a model that was dequantised from Q4_0 or Q4_1, such as the
-# default one, int4 loses next to nothing again. Groups of 64 save a tenth of the bytes.
+# GGUF's Q4_1 takes 32 as well: of a model that was dequantised from it, such as the default one, int4 loses next
+# to nothing again. Groups of 64 save a tenth of the bytes.
 GROUP_SIZE = 32
 
-PIECE = 1 << 22  # elements dequantised at once, beside at most one byte an element to unpack int4
+# Elements dequantised at once, in the model's dtype, beside at most one byte an element to unpack int4.
+# A single block of rows or group of columns may be larger.
+PIECE = 1 << 22
 
 # Up to so many rows the kernels that read the codes win; a dequantised weight then pays for itself in the
 # faster product. Measured in bfloat16 with AVX512-BF16 on 576 x 576 to 3072 x 576. In float32 and float16 the
@@ -44,11 +47,15 @@ class QuantisedLinear(FrozenLinear, ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """`dense()[start:stop]`."""
+        """`dense()[start:stop]`; cheapest where both are multiples of `row_unit`."""
 
     @abstractmethod
     def columns(self, start: int, stop: int) -> Tensor:
         """`dense()[:, start:stop]`; both are multiples of `column_unit`."""
+
+    @property
+    @abstractmethod
+    def row_unit(self) -> int: ...
 
     @property
     @abstractmethod
@@ -69,7 +76,7 @@ class QuantisedLinear(FrozenLinear, ABC):
 
     def forward_rows(self, x: Tensor, rows: int) -> Tensor:
         y = x.new_empty(len(x), rows)
-        for start, stop in _pieces(rows, self.in_features):
+        for start, stop in _pieces(rows, self.in_features, self.row_unit):
             bias = None if self.bias is None else self.bias[start:stop]
             y[:, start:stop] = linear(x, self.rows(start, stop), bias)
         return y
@@ -107,6 +114,10 @@ class Int8Linear(QuantisedLinear):
     @property
     def size_bytes(self) -> int:
         return _bytes(self._codes, self._scales, self.bias)
+
+    @property
+    def row_unit(self) -> int:
+        return 1
 
     @property
     def column_unit(self) -> int:
@@ -159,6 +170,10 @@ class Int4Linear(QuantisedLinear):
     @property
     def size_bytes(self) -> int:
         return _bytes(self._packed4, self._scales_zeros, self.bias)
+
+    @property
+    def row_unit(self) -> int:
+        return self._block
 
     @property
     def column_unit(self) -> int:
