@@ -4,7 +4,7 @@ PYTEST_WORKERS ?= 2
 RUN := .venv/bin/python
 INSTALLED := .venv/.flexllm-installed
 
-.PHONY: demo up test lint format settings-table bench-peers bench-memory clean
+.PHONY: demo up test lint format settings-table bench-peers bench-memory bench-quantised clean
 
 demo: $(INSTALLED)
 	.venv/bin/flexllm demo
@@ -30,6 +30,9 @@ settings-table: $(INSTALLED)
 
 bench-peers: $(INSTALLED)
 	$(RUN) -m benchmarks.peers
+
+bench-quantised: $(INSTALLED)
+	$(RUN) -m benchmarks.quantised
 
 bench-memory: $(INSTALLED)
 	$(RUN) -m benchmarks.memory
