@@ -235,9 +235,10 @@ def annotate(nodes: Sequence[Node], sizes: Sizes) -> None:
     for node in nodes:
         if node.op == "placeholder" and node.name == "x":
             node.meta.update(widths=(sizes.hidden,), flops=0.0)
-        elif node.target is operator.getitem and "widths" in node.args[0].meta:  # type: ignore[union-attr]
-            source, index = node.args
-            node.meta.update(widths=(source.meta["widths"][index],), flops=0.0)
+        elif node.target is operator.getitem:
+            source: Any = node.args[0]
+            if "widths" in source.meta:
+                node.meta.update(widths=(source.meta["widths"][node.args[1]],), flops=0.0)
         elif node.op == "call_function" and node.target in FORWARD:
             own = FORWARD[node.target]
             node.meta["widths"] = own.widths(node, sizes)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from services.gpu_worker.compiler.emit import Program
 from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.compiler.rematerialize import Policy
 from services.gpu_worker.finetune.activations import Reserve
+
+WORTH_KEEPING = 16.0  # FLOPs a byte: what is computed again for less takes no longer than to write and read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ def fit(compiled: CompiledMethod, bytes_per_token: float) -> LayerPolicies:
     All layers have one policy or its richer neighbour: the price of a byte rises along the list, so one step
     down in every layer comes before two in any. The last layers keep more, for they give it back first.
     """
-    num_layers, policies = compiled.config.num_layers, compiled.policies
+    num_layers, policies = compiled.config.num_layers, worthwhile(compiled.policies)
     fitting = (i for i, p in enumerate(policies) if num_layers * p.bytes_per_token <= bytes_per_token)
     index = next(fitting, len(policies) - 1)
     lean, rich = policies[index], policies[max(0, index - 1)]
@@ -51,3 +54,12 @@ def fit(compiled: CompiledMethod, bytes_per_token: float) -> LayerPolicies:
     step = rich.bytes_per_token - lean.bytes_per_token
     richer = min(num_layers, int(spare // step)) if step > 0 and spare > 0 else 0
     return LayerPolicies(compiled, (lean,) * (num_layers - richer) + (rich,) * richer)
+
+
+def worthwhile(policies: list[Policy]) -> list[Policy]:
+    """Without the first ones, which keep what is cheaper to compute again (norms, the gated activation)."""
+    for index, (rich, lean) in enumerate(pairwise(policies)):
+        price = (lean.flops_per_token - rich.flops_per_token) / (rich.bytes_per_token - lean.bytes_per_token)
+        if price >= WORTH_KEEPING:
+            return policies[index:]
+    return policies[-1:]
