@@ -37,8 +37,8 @@ class Record:
     failed: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     spans: dict[str, tuple[float, float]] = field(default_factory=dict)
-    loss: list[tuple[int, float]] = field(default_factory=list)
-    total_steps: int = 0
+    losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by job: (step, loss)
+    total_steps: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:

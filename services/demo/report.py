@@ -17,7 +17,6 @@ from rich.text import Text
 from services.demo.record import Record
 from services.demo.traffic import Traffic
 
-ADAPTER = "gsm8k"
 WINDOW_S = 10.0  # of the live percentiles
 FINAL_ANSWER = re.compile(r"#### *[-$]?[\d,.]+\s*$")
 
@@ -34,14 +33,15 @@ def percentiles(values: list[float]) -> str:
 def live_line(record: Record, phase: str, num_open: int) -> str:
     now = time.monotonic()
     inference, finetune = record.rates(now - 4 - 1, now)
-    step = (
-        f"step {record.loss[-1][0]}/{record.total_steps} loss {record.loss[-1][1]:.3f}" if record.loss else ""
-    )
+    steps = [
+        f"{name} {losses[-1][0]}/{record.total_steps[name]} loss {losses[-1][1]:.2f}"
+        for name, losses in record.losses.items()
+    ]
     return (
         f"{now - record.started_s:5.0f}s  {phase:<22} "
         f"serving {inference:5.0f} tok/s  finetuning {finetune:4.0f} tok/s  "
         f"TPOT p50/p99 {percentiles(record.tpots(now - WINDOW_S, now))} ms  "
-        f"open {num_open:2d}  done {len(record.completed):3d}  failed {len(record.failed)}  {step}"
+        f"open {num_open:2d}  done {len(record.completed):3d}  failed {len(record.failed)}  {'  '.join(steps)}"
     )
 
 
@@ -68,19 +68,20 @@ class Display:
         return live_line(self._record, self.phase, self._traffic.num_open)
 
 
-def side_by_side(asked: list[str], base: list[str], adapted: list[str]) -> Table:
-    table = Table(title="Held-out questions, greedy", show_lines=True)
-    for name in ("question", "base model", f"adapter {ADAPTER}"):
+def side_by_side(asked: list[str], answers: dict[str, list[str]]) -> Table:
+    """One column for the base model and for each adapter."""
+    table = Table(title="Held-out questions, greedy, all adapters in one batch", show_lines=True)
+    for name in ("question", *answers):
         table.add_column(name, ratio=1)
-    for row in zip(asked, base, adapted, strict=True):
-        table.add_row(row[0], Text(row[1][-300:]), Text(row[2][-300:]))
+    for question, *row in zip(asked, *answers.values(), strict=True):
+        table.add_row(question, *(Text(text[-200:]) for text in row))
     return table
 
 
 def summary(
-    record: Record, metrics: dict[str, Any], first_token: float, base: list[str], adapted: list[str]
+    record: Record, metrics: dict[str, Any], first_token: float, answers: dict[str, list[str]]
 ) -> dict[str, Any]:
-    """The figures of the closing table; also written beside the picture."""
+    """The figures of the closing table; also written beside the picture. `metrics` are the longest job's."""
     baseline = record.tpots(*record.spans["serving alone"])
     together_span = record.training_span("serving and finetuning")
     together = record.tpots(*together_span)
@@ -98,9 +99,14 @@ def summary(
         "base_validation_loss": metrics.get("base_valid_loss"),
         "adapter_validation_loss": metrics.get("valid_loss"),
         "last_step_to_first_token_s": first_token - metrics["trained_at"],
-        "base_final_answers": sum(bool(FINAL_ANSWER.search(text)) for text in base),
-        "adapter_final_answers": sum(bool(FINAL_ANSWER.search(text)) for text in adapted),
-        "questions": len(base),
+        "train_loss": {
+            name: {"steps": losses[-1][0], "first": losses[0][1], "last": losses[-1][1]}
+            for name, losses in record.losses.items()
+        },
+        "final_answers": {
+            name: sum(bool(FINAL_ANSWER.search(text)) for text in texts) for name, texts in answers.items()
+        },
+        "questions": len(answers["base"]),
     }
 
 
@@ -119,19 +125,21 @@ def summary_table(found: dict[str, Any], tpot_slo_ms: float) -> Table:
         "finetuning alone": number(found["finetuning_alone_tok_s"], " tok/s"),
         "finetuning while serving": number(found["finetuning_while_serving_tok_s"], " tok/s"),
         "share of finetuning alone": number(share and 100 * share, " %"),
-        "validation loss, base": number(found["base_validation_loss"], digits=3),
-        "validation loss, adapter": number(found["adapter_validation_loss"], digits=3),
+        "validation loss, base model": number(found["base_validation_loss"], digits=3),
+        "validation loss, lora": number(found["adapter_validation_loss"], digits=3),
         "last training step to first served token": number(found["last_step_to_first_token_s"], " s", 1),
-        "'#### number' answers, base": f"{found['base_final_answers']} of {asked}",
-        "'#### number' answers, adapter": f"{found['adapter_final_answers']} of {asked}",
     }
+    for name, loss in found["train_loss"].items():
+        rows[f"training loss, {name}"] = f"{loss['first']:.3f} → {loss['last']:.3f} in {loss['steps']} steps"
+    for name, number_of in found["final_answers"].items():
+        rows[f"'#### number' answers, {name}"] = f"{number_of} of {asked}"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
 
 
 def save_picture(record: Record, path: Path) -> None:
-    """Both throughputs over time, the phases marked.
+    """Both throughputs over time, the phases marked, and the jobs' losses.
 
     Averaged over a few optimizer steps: a finetuned token counts when its backward is done, and backwards
     come in bursts.
@@ -142,8 +150,8 @@ def save_picture(record: Record, path: Path) -> None:
     times = [s.at_s for s in record.samples if s.at_s - record.samples[0].at_s >= width_s]
     rates = [record.rates(t - width_s, t) for t in times]
     x = [t - record.started_s for t in times]
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    axes, losses = figure.subplots(1, 2, width_ratios=(2.4, 1))
     axes.plot(x, [r[1] for r in rates], label="finetuning", color="#d9632a", linewidth=2)
     axes.plot(x, [r[0] for r in rates], label="serving (prompts and output)", color="#2a6bd9", linewidth=2)
     for name, (begin, end) in record.spans.items():
@@ -153,6 +161,12 @@ def save_picture(record: Record, path: Path) -> None:
     axes.set_xlabel("seconds")
     axes.set_ylabel("tokens per second")
     axes.set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", frameon=False)
+    for name, points in record.losses.items():
+        losses.plot([step for step, _ in points], [loss for _, loss in points], label=name, linewidth=1.5)
+    losses.set_xlabel("optimizer step")
+    losses.set_title("training loss", fontsize=10)
+    losses.legend(frameon=False)
+    for panel in (axes, losses):
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
