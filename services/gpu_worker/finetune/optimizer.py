@@ -11,8 +11,8 @@ from torch import Tensor
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.kernels.bypass import BlockGradient, ScaledGradient
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
-from services.gpu_worker.model.adapters import AdapterWeights, Key
-from services.gpu_worker.model.parameters import Parameter, initial
+from services.gpu_worker.model.adapters import AdapterWeights
+from services.gpu_worker.model.parameters import Key, Parameter, initial
 from services.gpu_worker.model.peft import (
     GROUPS,
     BottleneckConfig,

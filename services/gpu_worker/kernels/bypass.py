@@ -37,6 +37,7 @@ class Bottleneck:
     down_b: Tensor  # [S]
     up_w: Tensor  # [out, S]
     up_b: Tensor  # [out]
+    reduce: Callable[[Tensor], Tensor] | None = None  # sums over ranks that read a part of the source each
 
 
 @dataclass(slots=True)
@@ -73,9 +74,8 @@ class Bypass:
             y.add_(self.shift)
         for part in self.bottlenecks:
             target = y[:, part.rows]
-            hidden = ACTIVATE[part.activation](
-                linear(x if part.parallel else target, part.down_w, part.down_b)
-            )
+            low = linear(x if part.parallel else target, part.down_w, part.down_b)
+            hidden = ACTIVATE[part.activation](low if part.reduce is None else part.reduce(low))
             target.add_(linear(hidden, part.up_w, part.up_b))
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from services.gpu_worker.kernels.bypass import Bottleneck, Bypass
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
-from services.gpu_worker.model.parameters import Parameter, parameters
+from services.gpu_worker.model.layouts import BACKBONE, ROW
+from services.gpu_worker.model.parameters import Key, Parameter
 from services.gpu_worker.model.peft import (
     EMBEDDING,
     HEAD,
@@ -23,22 +24,23 @@ from services.gpu_worker.model.peft import (
     num_virtual_tokens,
     projections,
 )
+from services.gpu_worker.model.shards import ParameterShards
 from services.gpu_worker.model.weights import ModelWeights
 
-Key = tuple[int | None, str]  # of a Parameter: (layer, key)
 NORM_ROWS = 1024  # of a weight that exist in float32 at a time
 
 
 class AdapterWeights:
     """One adapter: for each layer the bypass of each fused linear, and what lies outside the layers.
 
-    Values are set from a method's parameters by `load`; scalings are folded in.
+    Values are set from a method's parameters by `load`; scalings are folded in. All are those of one rank.
     """
 
     def __init__(self, base: ModelWeights, method: Method) -> None:
         check_method(method, base.config)
         self.method = method
-        self.parameters = parameters(base.config, method)
+        self.shards = ParameterShards(base, method)
+        self.parameters = self.shards.own
         self.num_virtual_tokens = num_virtual_tokens(method)
         self.columns: dict[str, slice] = {}  # LoRA's targets -> their columns of the stacked rank
         self.layers: list[dict[str, Bypass]] = []
@@ -80,6 +82,14 @@ class AdapterWeights:
         """A and the scaled B of the embedding or the head."""
         a, b = self.outside.get(f"{module}.a"), self.outside.get(f"{module}.b")
         return None if a is None or b is None else (a, b)
+
+    def divides_input(self, group: str) -> bool:
+        """Whether a fused linear reads only the rank's part of the features."""
+        return self._base.group.size > 1 and BACKBONE[group] is ROW
+
+    def part_of_input(self, group: str) -> tuple[int, int]:
+        """Which part, and of how many, of the features a fused linear reads."""
+        return (self._base.group.rank, self._base.group.size) if self.divides_input(group) else (0, 1)
 
     # --- layout
 
@@ -128,6 +138,7 @@ class AdapterWeights:
             assert isinstance(self.method, BottleneckConfig)
             size, own = self.method.size, projection.out_features
             width = projection.in_features if self.method.parallel else own
+            sums = self._sums_inside(projection.group)
             room = Bottleneck(
                 projection.name,
                 projection.rows,
@@ -137,9 +148,16 @@ class AdapterWeights:
                 self._zeros(size),
                 self._zeros(own, size),
                 self._zeros(own),
+                self._base.group.all_reduce_ if sums else None,
             )
             bypass.bottlenecks = (*bypass.bottlenecks, room)
             bypass.bases = (*bypass.bases, (projection.name, projection.rows))
+
+    def _sums_inside(self, group: str) -> bool:
+        """Whether a bottleneck's first product reads features that the ranks share: all their sums are needed
+        before the activation."""
+        assert isinstance(self.method, BottleneckConfig)
+        return self._base.group.size > 1 and self.method.parallel == (BACKBONE[group] is ROW)
 
     # --- values
 
@@ -175,6 +193,8 @@ class AdapterWeights:
         else:
             part = next(b for b in bypass.bottlenecks if b.name == projection.name)
             target: Tensor = getattr(part, role)
+            if role == "down_b" and part.reduce is not None:
+                value = value / self._base.group.size  # every rank adds it to its part of the sum
             target.copy_(self._scaled(value) if role.startswith("up") else value)
 
     def _set_magnitude(self, parameter: Parameter, value: Tensor, values: Mapping[Key, Tensor]) -> None:
@@ -207,7 +227,10 @@ class AdapterWeights:
             if a is not None and b is not None:
                 rows = rows + b[start : start + NORM_ROWS].to(wide) @ a.to(wide)
             lengths.append(rows.norm(dim=1))
-        return torch.cat(lengths)
+        found = torch.cat(lengths)
+        if self.divides_input(projection.group):  # the other ranks have the rows' other columns
+            found = self._base.group.all_reduce_(found.square()).sqrt()
+        return found
 
 
 @dataclass(slots=True)

@@ -89,7 +89,7 @@ class AdapterRun:
         if self.dropout is None:
             return None
         tokens = slice(self.first_token, self.first_token + self.end - self.start)
-        return self.dropout.mask(layer, group, tokens, x)
+        return self.dropout.mask(layer, group, tokens, x, self.weights.part_of_input(group))
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from services.gpu_worker.model.peft import (
 )
 
 STEM = "base_model.model.model"
+Key = tuple[int | None, str]  # of a Parameter: (layer, key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,10 @@ class Parameter:
     shape: tuple[int, ...]
     file_name: str  # in PEFT's adapter_model.safetensors
     file_shape: tuple[int, ...]  # there
+
+    @property
+    def place(self) -> Key:
+        return self.layer, self.key
 
     @property
     def module(self) -> str:

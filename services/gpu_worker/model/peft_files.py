@@ -13,9 +13,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from services.gpu_worker.model.adapters import AdapterWeights, Key
+from services.gpu_worker.model.adapters import AdapterWeights
 from services.gpu_worker.model.config import ModelConfig
-from services.gpu_worker.model.parameters import parameters
+from services.gpu_worker.model.parameters import Key, parameters
 from services.gpu_worker.model.peft import (
     EMBEDDING,
     HEAD,
@@ -177,21 +177,24 @@ def method_to_peft(method: Method, model: ModelConfig, base_model: str) -> dict[
 
 
 def read_peft(base: ModelWeights, files: Mapping[str, bytes], max_rank: int) -> AdapterWeights:
-    """An adapter from PEFT's two files. Names, shapes and finiteness are checked before anything is used."""
-    method = method_from_peft(_settings(files), base.config)
+    """An adapter from PEFT's two files, of which a rank takes its part. Names, shapes and finiteness are checked
+    before anything is used."""
+    method = method_from_peft(_settings(files), base.whole)
     if isinstance(method, LoraConfig) and method.rank > max_rank:
         raise InvalidAdapter(f"rank {method.rank} exceeds {max_rank}")
     tensors = _tensors(files)
     values: dict[Key, Tensor] = {}
-    for parameter in parameters(base.config, method):
+    for parameter in parameters(base.whole, method):
         value = _checked(tensors, parameter.file_name, parameter.file_shape)
-        values[parameter.layer, parameter.key] = value.to(base.device).view(parameter.shape)
+        values[parameter.place] = value.view(parameter.shape)
     for name in _base_copies(method):
         tensors.pop(name, None)
     if tensors:
         raise InvalidAdapter(f"unexpected tensor {sorted(tensors)[0]!r}")
     weights = AdapterWeights(base, method)
-    weights.load(values)
+    weights.load(
+        {p.place: weights.shards.part(p, values[p.place]).to(base.device) for p in weights.parameters}
+    )
     return weights
 
 

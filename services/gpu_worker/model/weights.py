@@ -1,11 +1,11 @@
-"""Loading a Hugging Face checkpoint into fused, frozen tensors on the device."""
+"""Loading a Hugging Face checkpoint, or a rank's part of it, into fused, frozen tensors on the device."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from services.gpu_worker.kernels.linear import DenseLinear, FrozenLinear
 from services.gpu_worker.model.config import ModelConfig, RopeConfig, UnsupportedModel
+from services.gpu_worker.model.parallel import Group, read_shard, shard_config
 from services.gpu_worker.model.peft import GROUPS
 
 
@@ -38,12 +39,16 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class ModelWeights:
-    config: ModelConfig
+    """Of one rank. Of the layers' linears it holds its part; embedding, head and norms every rank has whole."""
+
+    config: ModelConfig  # the rank's heads and features of the feed-forward layer; all else as in `whole`
+    whole: ModelConfig
     embedding: Tensor  # [V, D]
     layers: list[LayerWeights]
     norm: Tensor
     head: FrozenLinear  # [V, D]; of the embedding itself when tied
     inverse_frequencies: Tensor  # float32 [E / 2]
+    group: Group = field(default_factory=Group)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,38 +78,51 @@ MakeLinear = Callable[[Tensor, Tensor | None], FrozenLinear]  # of a weight and 
 
 
 def load_weights(
-    folder: Path, dtype: torch.dtype, device: torch.device, make: MakeLinear = DenseLinear
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    make: MakeLinear = DenseLinear,
+    group: Group | None = None,
 ) -> ModelWeights:
-    """Reads `model.safetensors` or its shards; raises UnsupportedModel naming a tensor that is missing.
+    """Reads `model.safetensors` or its shards, of divided tensors only the rank's part; raises UnsupportedModel
+    naming a tensor that is missing, or what the group's ranks cannot share evenly.
 
     `make` gives the layers' linears their form one by one, so that no two are dense at once where it quantises.
     """
+    group = group or Group()
     config = ModelConfig.from_folder(folder)
+    shard_config(config, group.size)  # refused before anything is read
     files = _tensor_files(folder)
     handles = {file: safe_open(folder / file, framework="pt") for file in set(files.values())}
 
     def fetch(name: str) -> Tensor:
         if name not in files:
             raise UnsupportedModel(f"{folder}: no tensor {name!r} in the checkpoint")
-        tensor: Tensor = handles[files[name]].get_tensor(name)
+        tensor = read_shard(handles[files[name]], name, config, group.rank, group.size)
         return tensor.to(device=device, dtype=dtype)
 
-    return build_weights(config, fetch, make)
+    return build_weights(config, fetch, make, group)
 
 
-def build_weights(config: ModelConfig, fetch: Fetch, make: MakeLinear = DenseLinear) -> ModelWeights:
-    """`fetch` gives a tensor by its Hugging Face name, in the dtype and on the device to compute with.
+def build_weights(
+    config: ModelConfig, fetch: Fetch, make: MakeLinear = DenseLinear, group: Group | None = None
+) -> ModelWeights:
+    """`config` is the whole model's; `fetch` gives the rank's part of a tensor by its Hugging Face name, in the
+    dtype and on the device to compute with.
 
     Embedding and head stay dense.
     """
+    group = group or Group()
     embedding = fetch("model.embed_tokens.weight")
     return ModelWeights(
-        config=config,
+        config=shard_config(config, group.size),
+        whole=config,
         embedding=embedding,
         layers=[_layer(config, fetch, make, f"model.layers.{i}.") for i in range(config.num_layers)],
         norm=fetch("model.norm.weight"),
         head=DenseLinear(embedding if config.tied_embeddings else fetch("lm_head.weight")),
         inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).to(embedding.device),
+        group=group,
     )
 
 
