@@ -146,7 +146,7 @@ def scales_of(linear: QuantisedLinear) -> torch.Tensor:
     if isinstance(linear, quantised.Int8Linear):
         return linear._scales.double()[:, None].expand(-1, linear.in_features)
     assert isinstance(linear, quantised.Int4Linear)
-    return linear._scales_zeros[..., 0].T.double().repeat_interleave(linear._group, 1)
+    return linear._scales_zeros[..., 0].T.double().repeat_interleave(linear.column_unit, 1)
 
 
 def test_int8_scales_follow_each_row_and_int4_scales_each_group() -> None:

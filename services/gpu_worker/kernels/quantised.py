@@ -3,7 +3,7 @@
 Only the weight is quantised, by rounding to the nearest level; what comes in and what goes out keep the model's
 dtype. Few rows in bfloat16 on a CPU take torch's own kernels, which read the codes. Everything else (many rows,
 the gradient, other dtypes, a GPU) dequantises a piece of the weight, at most PIECE elements of it, and
-multiplies by that, so that no layer needs more memory than that beside its result. The pieces run along what
+multiplies by that, so that no layer needs more memory than that beside twice its result. The pieces run along what
 is not summed over: cutting changes no sum.
 """
 
@@ -44,6 +44,8 @@ class QuantisedLinear(FrozenLinear, ABC):
     """What both schemes share: products by pieces of the dequantised weight."""
 
     kernel_rows: int  # inputs of up to so many rows go to `_kernel`; 0 where it does not run
+    row_unit: int  # what `rows` and `columns` are cut at
+    column_unit: int
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
@@ -52,14 +54,6 @@ class QuantisedLinear(FrozenLinear, ABC):
     @abstractmethod
     def columns(self, start: int, stop: int) -> Tensor:
         """`dense()[:, start:stop]`; both are multiples of `column_unit`."""
-
-    @property
-    @abstractmethod
-    def row_unit(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def column_unit(self) -> int: ...
 
     @abstractmethod
     def _kernel(self, x: Tensor) -> Tensor:
@@ -75,21 +69,20 @@ class QuantisedLinear(FrozenLinear, ABC):
         return self.forward_rows(x, self.out_features)
 
     def forward_rows(self, x: Tensor, rows: int) -> Tensor:
-        y = x.new_empty(len(x), rows)
-        for start, stop in _pieces(rows, self.in_features, self.row_unit):
-            bias = None if self.bias is None else self.bias[start:stop]
-            y[:, start:stop] = linear(x, self.rows(start, stop), bias)
-        return y
+        return _joined(
+            linear(x, self.rows(start, stop), None if self.bias is None else self.bias[start:stop])
+            for start, stop in _pieces(rows, self.in_features, self.row_unit)
+        )
 
     def input_gradient(self, dy: Tensor) -> Tensor:
-        dx = dy.new_empty(len(dy), self.in_features)
-        for start, stop in _pieces(self.in_features, self.out_features, self.column_unit):
-            dx[:, start:stop] = dy @ self.columns(start, stop)
-        return dx
+        pieces = _pieces(self.in_features, self.out_features, self.column_unit)
+        return _joined(dy @ self.columns(start, stop) for start, stop in pieces)
 
 
 class Int8Linear(QuantisedLinear):
     """Codes int8 [out, in], scales [out] in the model's dtype: w = code * scale."""
+
+    row_unit = column_unit = 1
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias
@@ -115,14 +108,6 @@ class Int8Linear(QuantisedLinear):
     def size_bytes(self) -> int:
         return _bytes(self._codes, self._scales, self.bias)
 
-    @property
-    def row_unit(self) -> int:
-        return 1
-
-    @property
-    def column_unit(self) -> int:
-        return 1
-
     def rows(self, start: int, stop: int) -> Tensor:
         return self._codes[start:stop].to(self._scales.dtype).mul_(self._scales[start:stop, None])
 
@@ -143,8 +128,9 @@ class Int4Linear(QuantisedLinear):
 
     def __init__(self, packed: Tensor, scales_zeros: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias
-        self._packed4, self._scales_zeros = packed, scales_zeros
-        fits = self._block == _kernel_block() and self._group in INT4_KERNEL_GROUPS
+        self._packed, self._scales_zeros = packed, scales_zeros
+        self.row_unit, self.column_unit = 2 * packed.shape[2], packed.shape[1] // len(scales_zeros)
+        fits = self.row_unit == _kernel_block() and self.column_unit in INT4_KERNEL_GROUPS
         self.kernel_rows = INT4_KERNEL_ROWS if fits and _has_kernels(scales_zeros) else 0
 
     @classmethod
@@ -161,59 +147,45 @@ class Int4Linear(QuantisedLinear):
 
     @property
     def out_features(self) -> int:
-        return self._packed4.shape[0] * self._block
+        return self._packed.shape[0] * self.row_unit
 
     @property
     def in_features(self) -> int:
-        return self._packed4.shape[1]
+        return self._packed.shape[1]
 
     @property
     def size_bytes(self) -> int:
-        return _bytes(self._packed4, self._scales_zeros, self.bias)
-
-    @property
-    def row_unit(self) -> int:
-        return self._block
-
-    @property
-    def column_unit(self) -> int:
-        return self._group
-
-    @property
-    def _block(self) -> int:
-        return 2 * self._packed4.shape[2]
-
-    @property
-    def _group(self) -> int:
-        return self.in_features // self._scales_zeros.shape[0]
+        return _bytes(self._packed, self._scales_zeros, self.bias)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        first, last = start // self._block, -(-stop // self._block)
+        first, last = start // self.row_unit, -(-stop // self.row_unit)
         blocks = self._dequantise(slice(first, last), slice(0, self.in_features))
-        return blocks[start - first * self._block : stop - first * self._block]
+        return blocks[start - first * self.row_unit : stop - first * self.row_unit]
 
     def columns(self, start: int, stop: int) -> Tensor:
-        return self._dequantise(slice(0, len(self._packed4)), slice(start, stop))
+        return self._dequantise(slice(0, len(self._packed)), slice(start, stop))
 
     def _dequantise(self, blocks: slice, columns: slice) -> Tensor:
         """The weight's rows of `blocks` and its `columns`, the transpose of a contiguous tensor."""
-        packed = self._packed4[blocks, columns].bitwise_xor(0x88)  # codes less 8, as signed nibbles
+        packed = self._packed[blocks, columns].bitwise_xor(0x88)  # codes less 8, as signed nibbles
         num_blocks, width, half = packed.shape
         dense = torch.empty(width, num_blocks, 2 * half, dtype=self._scales_zeros.dtype, device=packed.device)
         dense[..., half:] = (packed.view(torch.int8) >> 4).transpose(0, 1)
         dense[..., :half] = (
             packed.bitwise_left_shift_(4).view(torch.int8).bitwise_right_shift_(4).transpose(0, 1)
         )
-        groups = slice(columns.start // self._group, columns.stop // self._group)
-        rows = slice(blocks.start * self._block, blocks.stop * self._block)
+        groups = slice(columns.start // self.column_unit, columns.stop // self.column_unit)
+        rows = slice(blocks.start * self.row_unit, blocks.stop * self.row_unit)
         # Contiguous, for a broadcast over strided ones takes four times as long.
         scales, zeros = self._scales_zeros[groups, rows].permute(2, 0, 1).contiguous()[:, :, None]
-        grouped = dense.view(len(scales), self._group, -1)
+        grouped = dense.view(len(scales), self.column_unit, -1)
         return torch.addcmul(zeros, grouped, scales, out=grouped).view(width, -1).T
 
     def _kernel(self, x: Tensor) -> Tensor:
-        packed = self._packed4.view(self.out_features, -1)
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, self._group, self._scales_zeros)
+        packed = self._packed.view(self.out_features, -1)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, packed, self.column_unit, self._scales_zeros
+        )
         return y
 
 
@@ -278,6 +250,12 @@ def _pieces(length: int, other: int, unit: int = 1) -> Iterator[tuple[int, int]]
     step = max(1, PIECE // (other * unit)) * unit
     for start in range(0, length, step):
         yield start, min(start + step, length)
+
+
+def _joined(parts: Iterator[Tensor]) -> Tensor:
+    """Side by side; most weights are one piece, whose product needs no copy."""
+    found = list(parts)
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def _has_kernels(tensor: Tensor) -> bool:
