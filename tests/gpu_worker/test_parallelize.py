@@ -126,7 +126,29 @@ def test_one_rank_has_one_candidate_and_talks_to_nobody(method: Method) -> None:
 def test_an_activation_lets_no_sum_pass_unreduced() -> None:
     adapter = BottleneckConfig(size=64, targets=("q_proj", "down_proj"), parallel=True)
     assert set(described(plan(adapter).plan_of("q_proj"))) == {"①+④", "②+④", "③+③", "③+④"}
-    assert set(described(plan(adapter).plan_of("down_proj"))) == {"②+④", "②+③", "③+③", "①+④"}
+    across = plan(adapter).plan_of("down_proj")
+    assert set(described(across)) == {"②+①", "①+①"}
+    assert described(across)["②+①"] == (
+        ["all_reduce"],
+        [],
+        [],
+    )  # of the hidden features, fewer than those read
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("hardware", [H200_NVLINK, A100_NVLINK], ids=lambda h: h.name)
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_over_nvlink_the_cheapest_plan_is_the_one_that_the_engine_executes(
+    method: Method, hardware: Hardware, tp: int
+) -> None:
+    for bypass in plan(method, tp, hardware).plans:
+        assert bypass.executed is bypass.chosen, bypass.site.name
+
+
+def test_a_cheaper_plan_that_the_engine_does_not_execute_is_told_apart() -> None:
+    bypass = plan(replace(LORA, rank=128), hardware=CPU_GLOO).plan_of("qkv")
+    assert (bypass.chosen.name, bypass.executed.name) == ("②+④", "①+④")
+    assert bypass.executed.cost_us > bypass.chosen.cost_us
 
 
 def test_a_serial_adapter_behind_the_all_reduce_is_replicated_and_needs_no_sums() -> None:

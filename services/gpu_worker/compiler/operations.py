@@ -24,6 +24,9 @@ from services.gpu_worker.kernels.norm_rope import (
 )
 from services.gpu_worker.model import layer, layer_backward
 
+# What a rank could compute while it sends an element: 2 x 2 bytes over NVLink at 450 GB/s, 989 TFLOP/s (H200).
+ALL_REDUCE_FLOPS = 8800.0
+
 Cotangents = list[Node | None]  # of an operation's outputs
 Widths = tuple[float, ...]  # elements a token of an operation's outputs
 
@@ -140,6 +143,15 @@ def _silu_mul(tape: Tape, node: Node, dy: Cotangents) -> None:
     tape.add(up, tape.item(both, 1))
 
 
+def _fan_out(tape: Tape, node: Node, dy: Cotangents) -> None:
+    x, ctx = node.args
+    tape.add(x, tape.call(layer.all_reduce, dy[0], ctx))
+
+
+def _all_reduce(tape: Tape, node: Node, dy: Cotangents) -> None:
+    tape.add(node.args[0], dy[0])
+
+
 def _lora_down(tape: Tape, node: Node, dy: Cotangents) -> None:
     x, a = node.args
     tape.trainable(tape.parameter(a), kernels.accumulate_product, dy[0], x)
@@ -203,7 +215,13 @@ FORWARD: dict[Callable[..., Any], Operation] = {
     layer.add: Operation(_same, _cheap(1), _add, in_place=(layer.add_, 1)),
     silu_mul: Operation(_same, _cheap(5), _silu_mul),
     layer.bypass: Operation(_same, _free, is_view=True),
+    layer.bypass_low_rank: Operation(_same, _free, is_view=True),
+    layer.bypass_change: Operation(_same, _free, is_view=True),
     layer.bypass_input: Operation(_same, _free, is_view=True),
+    layer.fan_out: Operation(_same, _free, _fan_out, is_view=True),
+    layer.all_reduce: Operation(
+        _same, _cheap(ALL_REDUCE_FLOPS), _all_reduce, in_place=(layer.all_reduce_, 0)
+    ),
     layer.keep: Operation(lambda node, sizes: (0.0,), _free),
     kernels.lora_down: Operation(
         lambda node, sizes: (sizes.out_features(node.args[1]),), _product, _lora_down

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.layouts import (
+    ACROSS,
     BACKBONE,
     COLUMN,
     ELEMENTWISE,
@@ -124,7 +125,7 @@ def _ia3_site(method: Ia3Config, target: Projection) -> Site:
 
 def _bottleneck_site(method: BottleneckConfig, target: Projection) -> Site:
     inputs = target.in_features if method.parallel else target.out_features
-    attachment = BACKBONE[target.group] if method.parallel else _output_of(target)
+    attachment = _beside(target) if method.parallel else _output_of(target)
     operations = (
         Operation("down", LINEAR, inputs, method.size, inputs * method.size, has_bias=True),
         Operation(
@@ -132,6 +133,12 @@ def _bottleneck_site(method: BottleneckConfig, target: Projection) -> Site:
         ),
     )
     return Site(target.name, (target.name,), attachment, operations, has_activation=True)
+
+
+def _beside(target: Projection) -> Attachment:
+    """From a linear's input to its finished output: behind an activation no sum stays open for the backbone's
+    all-reduce to close."""
+    return {COLUMN: COLUMN, ROW: ACROSS}[BACKBONE[target.group]]
 
 
 def _output_of(target: Projection) -> Attachment:

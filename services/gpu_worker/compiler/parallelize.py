@@ -23,7 +23,12 @@ from services.gpu_worker.compiler.parallel_cost import (
 from services.gpu_worker.compiler.parallel_sites import Site, bypass_sites
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.layouts import (
+    ACROSS,
     ALONE,
+    COLUMN,
+    INSIDE,
+    ROW,
+    STREAM,
     Attachment,
     Collective,
     Composition,
@@ -36,6 +41,19 @@ from services.gpu_worker.model.layouts import (
 )
 from services.gpu_worker.model.peft import Method
 
+# The compositions that the engine's programs have operations for, by attachment and number of products. They are
+# the ones without a transfer of their own, but for a bottleneck's sum in front of its activation, and the cheapest
+# over NVLink; over gloo a LoRA of rank 128 would gain from sharing A's product.
+EXECUTED: dict[tuple[Attachment, int], tuple[Form, ...]] = {
+    (COLUMN, 2): (Form.REPLICATED, Form.COLUMNS),
+    (ROW, 2): (Form.CONTRACTION, Form.REPLICATED),
+    (ACROSS, 2): (Form.CONTRACTION, Form.REPLICATED),
+    (INSIDE, 2): (Form.CONTRACTION, Form.COLUMNS),
+    (INSIDE, 1): (Form.COLUMNS,),
+    (STREAM, 2): (Form.REPLICATED, Form.REPLICATED),
+    (STREAM, 1): (Form.REPLICATED,),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -46,6 +64,7 @@ class Candidate:
     steps: tuple[StepCollective, ...]  # once an optimizer step
     cost: Cost
     weight_bytes: int  # with gradients and the optimizer's state
+    is_executed: bool  # by the engine's programs; model/parallel_lora.py executes LoRA's others
 
     @property
     def name(self) -> str:
@@ -75,7 +94,13 @@ class BypassPlan:
 
     @property
     def chosen(self) -> Candidate:
+        """The cheapest."""
         return self.candidates[0]
+
+    @property
+    def executed(self) -> Candidate:
+        """What the engine's programs compute."""
+        return next(candidate for candidate in self.candidates if candidate.is_executed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +138,7 @@ def plan_bypass(site: Site, tp: int, hardware: Hardware, workload: Workload) -> 
     """
     found: dict[tuple[Form, ...], Candidate] = {}
     for composition in compositions(site, tp):
+        forms = tuple(rule.form for rule in composition.rules)
         candidate = Candidate(
             composition=composition,
             shardings=tuple(
@@ -122,6 +148,7 @@ def plan_bypass(site: Site, tp: int, hardware: Hardware, workload: Workload) -> 
             steps=step_collectives(site, composition, tp),
             cost=composition_cost(site, composition, tp, hardware, workload),
             weight_bytes=weight_bytes(site, composition, tp, workload),
+            is_executed=tp == 1 or forms == EXECUTED[site.attachment, len(forms)],
         )
         known = found.setdefault(candidate.forms, candidate)
         if candidate.cost_us < known.cost_us:

@@ -11,12 +11,14 @@ from torch.fx import Graph, Node
 from services.gpu_worker.compiler.emit import Program, compile_graph, emit_backward
 from services.gpu_worker.compiler.rematerialize import ALWAYS_KEPT, Policy, loads, policies
 from services.gpu_worker.compiler.reverse import JointGraph, differentiate
+from services.gpu_worker.compiler.shard import partial_gradients, sum_inside_bottlenecks, trace_rank
 from services.gpu_worker.compiler.sizes import Sizes
-from services.gpu_worker.compiler.trace import insert_bypasses, remove_sites, trace
+from services.gpu_worker.compiler.trace import insert_bypasses, remove_sites
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model import layer
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.context import LayerProgram
+from services.gpu_worker.model.parallel import shard_config
 from services.gpu_worker.model.parameters import parameters
 from services.gpu_worker.model.peft import EMBEDDING, Method, base_label
 
@@ -27,8 +29,8 @@ class ForwardPrograms:
     """The layer's forward for every combination of bypass sites in use and tensors to keep, made when first
     needed. A batch of the base model's tokens alone runs a program with neither."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, tp: int = 1) -> None:
+        self.config, self.tp = config, tp
         self._programs: dict[tuple[frozenset[str], frozenset[str]], LayerProgram] = {}
 
     def get(self, sites: frozenset[str], kept: frozenset[str]) -> LayerProgram:
@@ -39,7 +41,7 @@ class ForwardPrograms:
         return self._programs[key]
 
     def graph(self, sites: frozenset[str], kept: frozenset[str]) -> Graph:
-        graph = trace(self.config)
+        graph = trace_rank(self.config, self.tp)
         remove_sites(graph, lambda name: name in sites)
         ctx = next(node for node in graph.nodes if node.name == "ctx")
         for node in list(graph.nodes):
@@ -64,7 +66,8 @@ class KeptTensor:
 class CompiledMethod:
     """A PEFT method on a model: its policies, and for each the layer's backward program.
 
-    The order of policies depends on the mean context, hence on `sequence_length`.
+    Of `tp` ranks that share the model, sizes are those of one; raises UnsupportedModel where they cannot. The
+    order of policies depends on the mean context, hence on `sequence_length`.
     """
 
     def __init__(
@@ -75,16 +78,20 @@ class CompiledMethod:
         dtype: torch.dtype,
         sequence_length: int,
         dropout: bool = False,
+        tp: int = 1,
     ) -> None:
-        self.config, self.method, self.dtype = config, method, dtype
+        self.config, self.method, self.dtype = shard_config(config, tp), method, dtype
+        self._whole, self._tp = config, tp
         self._dropout = dropout
-        self._sizes = Sizes.of(config, sequence_length)
+        self._sizes = Sizes.of(self.config, sequence_length)
         self._keepable = self._keepable_labels()
         self._programs: dict[tuple[Policy, bool], Program] = {}
         self._bottom_joint: JointGraph | None = None
 
     def _keepable_labels(self) -> frozenset[str]:
-        traced = {node.meta["label"] for node in trace(self.config).nodes if "label" in node.meta}
+        traced = {
+            node.meta["label"] for node in trace_rank(self._whole, self._tp).nodes if "label" in node.meta
+        }
         own = {base_label(p.module) for p in parameters(self.config, self.method) if p.layer is not None}
         return frozenset(traced | own) - set(ALWAYS_KEPT) - {"y"}
 
@@ -92,9 +99,16 @@ class CompiledMethod:
 
     def joint_graph(self, needs_input_gradient: bool = True) -> JointGraph:
         """Forward and pruned backward of one layer; a new graph at each call."""
-        graph = trace(self.config)
+        graph = trace_rank(self._whole, self._tp)
         insert_bypasses(graph, self.config, self.method, self._dropout)
+        if self._tp > 1:
+            sum_inside_bottlenecks(graph, self.method)
         return differentiate(graph, self._sizes, needs_input_gradient)
+
+    @cached_property
+    def partial_gradients(self) -> frozenset[str]:
+        """Keys of the parameters whose gradient is the sum of what the ranks have of it."""
+        return partial_gradients(self._whole, self.method, self._tp)
 
     @cached_property
     def joint(self) -> JointGraph:

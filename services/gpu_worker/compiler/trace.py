@@ -23,7 +23,13 @@ from services.gpu_worker.model.peft import (
     projections,
 )
 
-SITES = (layer.bypass, layer.bypass_input, layer.virtual_rows)
+SITES = (
+    layer.bypass,
+    layer.bypass_low_rank,
+    layer.bypass_change,
+    layer.bypass_input,
+    layer.virtual_rows,
+)
 
 
 def trace(config: ModelConfig) -> Graph:
@@ -137,7 +143,7 @@ class _Insertion:
         """The output of one projection of a fused linear: a part of the split that follows, or all of it."""
         split = next((user for user in node.users if user.target is layer.split), None)
         if split is None:
-            return node
+            return next((user for user in node.users if user.target is layer.all_reduce), node)
         index = [p.name for p in projections(self.config).values() if p.group == member.group].index(
             member.name
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from services.gpu_worker.kernels.attention import window_attention
 from services.gpu_worker.kernels.attention_backward import window_attention_backward
 from services.gpu_worker.model.context import AdapterRun, PagedWindow
+from services.gpu_worker.model.parallel import ALONE, Group
 
 
 @dataclass(slots=True)
@@ -48,6 +49,10 @@ class BackwardContext:
     keys: Tensor
     values: Tensor
     state: GradientState
+    group: Group = ALONE
+
+    def all_reduce_(self, x: Tensor) -> Tensor:
+        return self.group.all_reduce_(x)
 
     def attend(self, q: Tensor, cached: None) -> tuple[Tensor, Tensor]:
         q_NHE = self._heads(q)

@@ -1,4 +1,7 @@
-"""A job's trainable parameters: one flat float32 master, its gradient, AdamW, and the copy that computes."""
+"""A job's trainable parameters: one flat float32 master, its gradient, AdamW, and the copy that computes.
+
+Of ranks that share the model each has its part of them, and the same bits of what all of them have.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,13 @@ class TrainableParameters:
     `accumulators[layer]` is what a backward program sums gradients into, under the names that it uses.
     """
 
-    def __init__(self, base: ModelWeights, method: Method, job: JobConfig) -> None:
+    def __init__(
+        self, base: ModelWeights, method: Method, job: JobConfig, partial: frozenset[str] = frozenset()
+    ) -> None:
+        """`partial` are keys of parameters that every rank has, with a part of the gradient on each."""
         self.weights = AdapterWeights(base, method)
-        self._base, self._method, self._job = base, method, job
+        self._base, self._method, self._job, self._partial = base, method, job, partial
+        self._shards = self.weights.shards
         size = sum(parameter.numel for parameter in self.weights.parameters)
         self.flat = torch.zeros(size, dtype=accumulation_dtype(base.dtype), device=base.device)
         self.grad = torch.zeros_like(self.flat)
@@ -66,16 +73,16 @@ class TrainableParameters:
             self.gradients[key] = self.grad[span].view(parameter.shape)
 
     def _reset_masters(self) -> None:
-        """Drawn on the CPU: the same on every device."""
+        """Drawn whole and on the CPU: the same on every device and for any number of ranks."""
         generator = torch.Generator().manual_seed(self._job.seed)
-        for parameter in self.weights.parameters:
-            master = self.masters[parameter.layer, parameter.key]
-            if parameter.role == "magnitude":
-                assert parameter.layer is not None
-                projection = projections(self._base.config)[parameter.module]
-                master.copy_(self.weights.row_lengths(parameter.layer, projection))
+        for whole in self._shards.whole:
+            master = self.masters[whole.place]
+            if whole.role == "magnitude":
+                assert whole.layer is not None
+                projection = projections(self._base.config)[whole.module]
+                master.copy_(self.weights.row_lengths(whole.layer, projection))
             else:
-                master.copy_(initial(parameter, generator, self._base.embedding))
+                master.copy_(self._shards.part(whole, initial(whole, generator, self._base.embedding)))
 
     def refresh(self) -> None:
         """Rounds the masters into the weights that forward and backward compute with."""
@@ -133,7 +140,7 @@ class TrainableParameters:
     def step(self, learning_rate: float) -> float | None:
         """Clips, moves and clears the gradient. Returns its norm before clipping, or None when it was not
         finite: then nothing moves."""
-        norm = float(torch.linalg.vector_norm(self.grad))
+        norm = self._reduce_gradient()
         if not math.isfinite(norm):
             self.grad.zero_()
             return None
@@ -146,11 +153,42 @@ class TrainableParameters:
         self.refresh()
         return norm
 
+    def _reduce_gradient(self) -> float:
+        """Makes the rank's gradient complete; returns the norm of all ranks'.
+
+        What every rank has is summed, or taken from the first where each has computed all of it, so that it
+        stays the same on all of them to the last bit.
+        """
+        group = self._base.group
+        if group.size == 1:
+            return float(torch.linalg.vector_norm(self.grad))
+        places = [p.place for p in self.weights.parameters]
+        shared = [place for place in places if self._shards.dim(place) is None]
+        for place in shared if group.rank else ():
+            if place[1] not in self._partial:
+                self.gradients[place].zero_()
+        divided = [self.gradients[place] for place in places if self._shards.dim(place) is not None]
+        squares = sum((grad.double().square().sum() for grad in divided), self.grad.new_zeros(1).double())
+        flat = torch.cat([self.gradients[place].flatten() for place in shared] + [self.grad.new_zeros(0)])
+        group.all_reduce_(squares)
+        group.all_reduce_(flat)
+        sizes = [self.gradients[place].numel() for place in shared]
+        for place, total in zip(shared, flat.split(sizes), strict=True):
+            self.gradients[place].copy_(total.view_as(self.gradients[place]))
+        return float((squares + flat.double().square().sum()).sqrt())
+
+    def whole_masters(self) -> dict[Key, Tensor]:
+        """Of all ranks, shaped as files have them; every rank has to call it."""
+        return self._shards.by_place(self._shards.gather(self.flat))
+
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed job needs, on the CPU, detached from what goes on moving."""
+        """Everything that a resumed job needs, whatever number of ranks resumes it: on the CPU, detached from what
+        goes on moving. Every rank has to call it."""
         moments = self._optimizer.state.get(self.flat, {})
-        tensors = {"masters": self.flat, **{name: moments[name] for name in moments}}
-        return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+        found = {"masters": self._shards.gather(self.flat)}
+        for name, value in moments.items():
+            found[name] = value if name == "step" else self._shards.gather(value)
+        return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`; raises ValueError where a tensor is missing or a size differs."""
@@ -158,16 +196,15 @@ class TrainableParameters:
             raise ValueError(
                 f"the checkpoint holds {', '.join(sorted(state))}, not {', '.join(sorted(STATE))}"
             )
+        size = sum(parameter.numel for parameter in self._shards.whole)
         for name, value in state.items():
-            if name != "step" and value.shape != self.flat.shape:
-                raise ValueError(
-                    f"checkpoint tensor {name!r} has {value.numel()} values, not {self.flat.numel()}"
-                )
-        self.flat.copy_(state["masters"])
+            if name != "step" and value.shape != (size,):
+                raise ValueError(f"checkpoint tensor {name!r} has {value.numel()} values, not {size}")
+        self.flat.copy_(self._shards.cut(state["masters"]))
         moments = {name: value.clone() for name, value in state.items() if name != "masters"}
         if moments:
             self._optimizer.state[self.flat] = {
-                name: value if name == "step" else value.to(self.flat.device)
+                name: value if name == "step" else self._shards.cut(value).to(self.flat.device)
                 for name, value in moments.items()
             }
         self.grad.zero_()

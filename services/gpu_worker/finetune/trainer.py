@@ -66,7 +66,10 @@ class Trainer:
     ) -> None:
         self.job = job
         self.policies = policies
-        self.parameters = TrainableParameters(model.weights, policies.compiled.method, job.config)
+        compiled = policies.compiled
+        self.parameters = TrainableParameters(
+            model.weights, compiled.method, job.config, compiled.partial_gradients
+        )
         self.trained_tokens = 0
         self.skipped_steps = 0  # in a row
         self._model, self._cache = model, cache
@@ -234,6 +237,7 @@ class Trainer:
             keys,
             values,
             state,
+            self._model.weights.group,
         )
         dx = self.policies.program(window.layer)(
             state.dx[tokens],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from services.gpu_worker.kernels.bypass import Bottleneck, Bypass
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
-from services.gpu_worker.model.layouts import BACKBONE, ROW
+from services.gpu_worker.model.layouts import BACKBONE, ROW, divides_bottleneck
 from services.gpu_worker.model.parameters import Key, Parameter
 from services.gpu_worker.model.peft import (
     EMBEDDING,
@@ -157,7 +157,7 @@ class AdapterWeights:
         """Whether a bottleneck's first product reads features that the ranks share: all their sums are needed
         before the activation."""
         assert isinstance(self.method, BottleneckConfig)
-        return self._base.group.size > 1 and self.method.parallel == (BACKBONE[group] is ROW)
+        return self._base.group.size > 1 and divides_bottleneck(group, self.method.parallel)
 
     # --- values
 

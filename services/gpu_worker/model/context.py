@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.kernels.attention import decode_attention, window_attention
+from services.gpu_worker.kernels.bypass import Bypass
 from services.gpu_worker.kernels.dropout import Dropout
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.adapters import AdapterWeights
+from services.gpu_worker.model.parallel import ALONE, Group
 from services.gpu_worker.model.peft import base_label
 from services.gpu_worker.model.weights import LayerWeights
 
@@ -113,6 +116,10 @@ class LayerContext:
     rotation: tuple[Tensor, Tensor]  # cosines and sines of the rows' positions, [N, E]
     cache: KVCache
     batch: ForwardContext
+    group: Group = ALONE
+
+    def all_reduce_(self, x: Tensor) -> Tensor:
+        return self.group.all_reduce_(x)
 
     def virtual_rows(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         for run in self.batch.adapters:
@@ -144,17 +151,28 @@ class LayerContext:
         return out, lse
 
     def bypass(self, y: Tensor, x: Tensor, group: str) -> Tensor:
-        for run in self.batch.adapters:
-            bypass = run.weights.layers[self.index].get(group)
-            if bypass is None:
-                continue
-            out, read = y[run.start : run.end], x[run.start : run.end]
-            bypass.add_low_rank_(out, read, run.mask(self.index, group, read))
+        return self.bypass_change(self.bypass_low_rank(y, x, group), x, group)
+
+    def bypass_low_rank(self, y: Tensor, x: Tensor, group: str) -> Tensor:
+        for run, bypass in self._bypasses(group):
+            read = x[run.start : run.end]
+            bypass.add_low_rank_(y[run.start : run.end], read, run.mask(self.index, group, read))
+        return y
+
+    def bypass_change(self, y: Tensor, x: Tensor, group: str) -> Tensor:
+        for run, bypass in self._bypasses(group):
+            out = y[run.start : run.end]
             for name, rows in bypass.bases if run.capture is not None else ():
                 assert run.capture is not None
                 run.capture.sink.save(self.index, base_label(name), run.capture.start, out[:, rows])
-            bypass.change_(out, read)
+            bypass.change_(out, x[run.start : run.end])
         return y
+
+    def _bypasses(self, group: str) -> Iterator[tuple[AdapterRun, Bypass]]:
+        for run in self.batch.adapters:
+            bypass = run.weights.layers[self.index].get(group)
+            if bypass is not None:
+                yield run, bypass
 
     def bypass_input(self, x: Tensor, group: str) -> Tensor:
         for run in self.batch.adapters:

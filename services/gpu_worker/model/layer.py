@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.fx import Proxy
 
@@ -80,9 +81,33 @@ def bypass(y: Tensor, x: Tensor, ctx: LayerContext, group: str) -> Tensor:
     return ctx.bypass(y, x, group)
 
 
+def bypass_low_rank(y: Tensor, x: Tensor, ctx: LayerContext, group: str) -> Tensor:
+    """The part of `bypass` that is a sum over the features of `x`, so that it may be shared like them."""
+    return ctx.bypass_low_rank(y, x, group)
+
+
+def bypass_change(y: Tensor, x: Tensor, ctx: LayerContext, group: str) -> Tensor:
+    """The part of `bypass` that needs the finished output."""
+    return ctx.bypass_change(y, x, group)
+
+
 def bypass_input(x: Tensor, ctx: LayerContext, group: str) -> Tensor:
     """What the rows' adapters do to a fused linear's input, in place."""
     return ctx.bypass_input(x, group)
+
+
+def fan_out(x: Tensor, ctx: LayerContext) -> Tensor:
+    """`x`, which every rank has, into what the ranks share: its gradient is the sum of theirs."""
+    return x
+
+
+def all_reduce(x: Tensor, ctx: LayerContext) -> Tensor:
+    """The sum over the ranks; its gradient is every rank's."""
+    return ctx.all_reduce_(x.clone(memory_format=torch.contiguous_format))
+
+
+def all_reduce_(x: Tensor, ctx: LayerContext) -> Tensor:
+    return ctx.all_reduce_(x)
 
 
 def keep(x: Tensor, ctx: LayerContext, name: str) -> None:

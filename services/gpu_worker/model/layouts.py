@@ -146,8 +146,15 @@ COLUMN = Attachment(x=_SAME, y=_FEATURES, dy=_FEATURES, dx=_SUM)
 ROW = Attachment(x=_FEATURES, y=_SUM, dy=_SAME, dx=_FEATURES)
 INSIDE = Attachment(*[_FEATURES] * 4)  # between a column-parallel linear and a row-parallel one
 STREAM = Attachment(*[_SAME] * 4)  # the residual stream, the embedding, the head
+ACROSS = Attachment(x=_FEATURES, y=_SAME, dy=_SAME, dx=_FEATURES)  # a row-parallel linear and its all-reduce
 ALONE = Attachment(*[_WHOLE] * 4)  # one rank
 BACKBONE = {"qkv": COLUMN, "o": ROW, "gate_up": COLUMN, "down": ROW}
+
+
+def divides_bottleneck(group: str, parallel: bool) -> bool:
+    """Whether what a bottleneck at this fused linear reads is shared by features: a row-parallel linear's input,
+    or a column-parallel one's output."""
+    return (BACKBONE[group] is ROW) == parallel
 
 
 @dataclass(frozen=True, slots=True)

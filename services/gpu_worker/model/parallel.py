@@ -134,6 +134,9 @@ class Group:
         return [end - start for start, end in bounds]
 
 
+ALONE = Group()
+
+
 def shard_config(config: ModelConfig, tp: int) -> ModelConfig:
     """What one of `tp` ranks computes with; raises UnsupportedModel where they cannot share it evenly."""
     check_tensor_parallel(config, tp)

@@ -43,7 +43,7 @@ class Transformer:
         x = self._embed(tokens, batch.adapters)
         rotation = self.rotation(batch.positions)
         for index, weights in enumerate(self.weights.layers):
-            x = batch.program(x, weights, LayerContext(index, rotation, cache, batch))
+            x = batch.program(x, weights, LayerContext(index, rotation, cache, batch, self.weights.group))
         return x
 
     def _embed(self, tokens: Tensor, runs: Sequence[AdapterRun]) -> Tensor:

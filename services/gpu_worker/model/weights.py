@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from services.gpu_worker.kernels.linear import DenseLinear, FrozenLinear
 from services.gpu_worker.model.config import ModelConfig, RopeConfig, UnsupportedModel
-from services.gpu_worker.model.parallel import Group, read_shard, shard_config
+from services.gpu_worker.model.parallel import ALONE, Group, read_shard, shard_config
 from services.gpu_worker.model.peft import GROUPS
 
 
@@ -48,7 +48,7 @@ class ModelWeights:
     norm: Tensor
     head: FrozenLinear  # [V, D]; of the embedding itself when tied
     inverse_frequencies: Tensor  # float32 [E / 2]
-    group: Group = field(default_factory=Group)
+    group: Group = ALONE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,14 +82,13 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     make: MakeLinear = DenseLinear,
-    group: Group | None = None,
+    group: Group = ALONE,
 ) -> ModelWeights:
     """Reads `model.safetensors` or its shards, of divided tensors only the rank's part; raises UnsupportedModel
     naming a tensor that is missing, or what the group's ranks cannot share evenly.
 
     `make` gives the layers' linears their form one by one, so that no two are dense at once where it quantises.
     """
-    group = group or Group()
     config = ModelConfig.from_folder(folder)
     shard_config(config, group.size)  # refused before anything is read
     files = _tensor_files(folder)
@@ -105,14 +104,13 @@ def load_weights(
 
 
 def build_weights(
-    config: ModelConfig, fetch: Fetch, make: MakeLinear = DenseLinear, group: Group | None = None
+    config: ModelConfig, fetch: Fetch, make: MakeLinear = DenseLinear, group: Group = ALONE
 ) -> ModelWeights:
     """`config` is the whole model's; `fetch` gives the rank's part of a tensor by its Hugging Face name, in the
     dtype and on the device to compute with.
 
     Embedding and head stay dense.
     """
-    group = group or Group()
     embedding = fetch("model.embed_tokens.weight")
     return ModelWeights(
         config=shard_config(config, group.size),
