@@ -29,6 +29,7 @@ from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.linear import DenseLinear
 from services.gpu_worker.kernels.quantised import GROUP_SIZE, quantise
 from services.gpu_worker.model.adapters import AdapterPool
+from services.gpu_worker.model.parallel import ALONE, Group
 from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens, projections
 from services.gpu_worker.model.peft_files import read_peft, write_peft
 from services.gpu_worker.model.transformer import VIRTUAL_TOKEN, Transformer
@@ -107,18 +108,20 @@ class StepResult:
 
 
 class Engine:
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, group: Group = ALONE) -> None:
+        """Of several ranks each has an engine with its part of the model; `engine/group.py` keeps them in step."""
         self.config = config
+        self.group = group
         device = _device(config.device)
         if device.type == "cpu" and config.num_threads:
             torch.set_num_threads(config.num_threads)
         make = _make_linear(config)
-        weights = load_weights(config.model_dir, _dtype(config.dtype, device), device, make)
+        weights = load_weights(config.model_dir, _dtype(config.dtype, device), device, make, group)
         self.max_model_len = min(config.scheduler.max_model_len, weights.config.max_position)
         longest = max(self.max_model_len, min(config.finetune_tokens_in_flight, weights.config.max_position))
         self.model = Transformer(weights, longest)
         self.cache = self._make_cache(device)
-        self.activation_bytes = config.activation_bytes or _activation_bytes(device, config.max_finetune_jobs)
+        self.activation_bytes = config.activation_bytes or self._activation_bytes(device)
         self.adapters = AdapterPool(config.max_adapters)
         self.runner = ModelRunner(self.model, self.cache, self.adapters)
         self.blocks = BlockManager(self.cache.num_blocks, config.block_size)
@@ -132,7 +135,7 @@ class Engine:
     def _make_cache(self, device: torch.device) -> KVCache:
         config, dtype = self.model.config, self.model.weights.dtype
         block_bytes = 2 * config.num_layers * config.kv_size * dtype.itemsize * self.config.block_size
-        num_blocks = (self.config.kv_cache_bytes or _cache_bytes(device)) // block_bytes
+        num_blocks = self.group.least((self.config.kv_cache_bytes or _cache_bytes(device)) // block_bytes)
         if num_blocks * self.config.block_size < self.max_model_len:
             raise ValueError(
                 f"the key/value cache holds {num_blocks * self.config.block_size} tokens, fewer than one "
@@ -148,15 +151,23 @@ class Engine:
             device,
         )
 
+    def _activation_bytes(self, device: torch.device) -> int:
+        """What one job's activations may take where nobody said: its part of half of what is free."""
+        ranks_beside = self.group.size if device.type == "cpu" else 1  # in the same memory
+        return self.group.least(
+            free_bytes(device) // 2 // max(1, self.config.max_finetune_jobs) // ranks_beside
+        )
+
     def _policies(self, method: Method, dropout: bool = False) -> LayerPolicies:
         """What a job of this method keeps, for its longest training sequence to stay within the budget."""
         tokens = self.config.finetune_tokens_in_flight
         compiled = CompiledMethod(
-            self.model.config,
+            self.model.weights.whole,
             method,
             dtype=self.model.weights.dtype,
             sequence_length=tokens,
             dropout=dropout,
+            tp=self.group.size,
         )
         return fit(compiled, self.activation_bytes / tokens)
 
@@ -168,17 +179,23 @@ class Engine:
 
     def step(self) -> StepResult:
         """One co-serving iteration; returns at once, empty, where nothing can be computed."""
-        batch = self.scheduler.schedule(time.monotonic())
+        batch = self.scheduler.schedule(self._now_s())
         if batch.is_empty:
             return StepResult(jobs=self._job_events(RunResult()), stats=self._stats(batch, Timing()))
-        result = self.runner.run(batch)
-        progress = self.scheduler.update(batch, result.sampled, time.monotonic())
+        result = self._run(batch)
+        progress = self.scheduler.update(batch, result.sampled, self._now_s())
         self._learn(batch, result.timing)
         return StepResult(
             [self._token_event(item) for item in progress],
             self._job_events(result),
             self._stats(batch, result.timing),
         )
+
+    def _now_s(self) -> float:
+        return time.monotonic()
+
+    def _run(self, batch: Batch) -> RunResult:
+        return self.runner.run(batch)
 
     def _learn(self, batch: Batch, timing: Timing) -> None:
         self.scheduler.latency.observe(
@@ -262,7 +279,7 @@ class Engine:
             tpot_slo_ms or self.config.tpot_slo_ms,
             ttft_slo_ms or self.config.ttft_slo_ms,
             virtual,
-            arrival_s=time.monotonic(),
+            arrival_s=self._now_s(),
         )
         self._sequences[request_id] = sequence
         self.scheduler.add(sequence)
@@ -373,7 +390,8 @@ class Engine:
     def export_job(self, job_id: str, base_model: str) -> dict[str, bytes]:
         """The job's adapter as PEFT's two files."""
         parameters = self.runner.trainers[job_id].parameters
-        return write_peft(self.model.config, parameters.weights.method, base_model, parameters.masters)
+        values = parameters.whole_masters()
+        return write_peft(self.model.weights.whole, parameters.weights.method, base_model, values)
 
     def trained_tokens(self, job_id: str) -> int:
         return self.runner.trainers[job_id].trained_tokens
@@ -406,11 +424,6 @@ def _cache_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.6)
     return 1 << 30
-
-
-def _activation_bytes(device: torch.device, num_jobs: int) -> int:
-    """What one job's activations may take where nobody said: its part of half of what is free."""
-    return free_bytes(device) // 2 // max(1, num_jobs)
 
 
 def _cache_seed(adapter: str | None, salt: str) -> bytes:

@@ -14,7 +14,7 @@ from services.gpu_worker.compiler.programs import ForwardPrograms
 from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Sampled, Timing
 from services.gpu_worker.engine.sampler import logprob_entry, sample
 from services.gpu_worker.engine.sequence import Sequence
-from services.gpu_worker.finetune.trainer import StepReport, Trainer
+from services.gpu_worker.finetune.trainer import StepReport, Trainer, TrainingDiverged
 from services.gpu_worker.kernels.attention import causal_mask, length_mask
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.model.adapters import AdapterPool, AdapterWeights
@@ -59,7 +59,7 @@ class ModelRunner:
         self.cache = cache
         self.adapters = adapters
         self.trainers: dict[str, Trainer] = {}
-        self._programs = ForwardPrograms(model.config)
+        self._programs = ForwardPrograms(model.weights.whole, model.weights.group.size)
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +93,8 @@ class ModelRunner:
         try:
             work()
         except (RuntimeError, ValueError, ArithmeticError) as error:
+            if self.model.weights.group.size > 1 and not isinstance(error, TrainingDiverged):
+                raise  # this rank's alone, perhaps: the others would wait for it
             result.failures.append((job_id, error))
 
     def _step(self, job_id: str, result: RunResult) -> None:

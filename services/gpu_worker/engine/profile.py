@@ -18,6 +18,7 @@ from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Window
 from services.gpu_worker.finetune.loss import LossSum, window_loss
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.trainer import Trainer, examples_of
+from services.gpu_worker.model.parallel import Group
 
 REPEATS = 3
 NUM_DECODES = 8
@@ -33,17 +34,19 @@ def profile(runner: ModelRunner, longest: int, policies: LayerPolicies) -> Laten
     trainer = _trainer(runner, limit, policies)
     last = runner.model.config.num_layers - 1  # the first layer's backward ends early
 
+    fastest = partial(_fastest, group=runner.model.weights.group)
+
     def forward(num_sequences: int, start: int, end: int) -> float:
-        return _fastest(partial(_forward, runner, num_sequences, start, end))
+        return fastest(partial(_forward, runner, num_sequences, start, end))
 
     def backward(start: int, end: int) -> float:
-        return _fastest(partial(trainer.backward, Window(start, end, last)))
+        return fastest(partial(trainer.backward, Window(start, end, last)))
 
     model = LatencyModel(
         forward=Curve(sizes, [forward(1, 0, n) for n in sizes]),
-        loss=Curve(sizes, [_fastest(partial(_loss, runner, n)) for n in sizes]),
+        loss=Curve(sizes, [fastest(partial(_loss, runner, n)) for n in sizes]),
         backward=Curve(sizes, [backward(0, n) for n in sizes]),
-        optimizer_ms=_fastest(partial(trainer.parameters.step, 0.0)),
+        optimizer_ms=fastest(partial(trainer.parameters.step, 0.0)),
     )
     start = limit - max(
         1, limit // 8
@@ -56,15 +59,18 @@ def profile(runner: ModelRunner, longest: int, policies: LayerPolicies) -> Laten
     return model
 
 
-def _fastest(work: Callable[[], object]) -> float:
-    """Milliseconds of the fastest of a few runs: what the machine can do when nothing disturbs it."""
+def _fastest(work: Callable[[], object], group: Group) -> float:
+    """Milliseconds of the fastest of a few runs: what the machine can do when nothing disturbs it.
+
+    By rank 0's clock: every rank runs it as often and finds the same.
+    """
     times: list[float] = []
     while len(times) < REPEATS and sum(times) < ENOUGH_MS:
         started = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) * 1000)
+        times.append(group.first((time.perf_counter() - started) * 1000))
     return min(times)
 
 
