@@ -1,10 +1,10 @@
 """What finetuning needs beside the model, ours and transformers + peft: `python -m benchmarks.memory`.
 
-One optimizer step on one sequence, each variant in a process of its own: the bytes that wait between forward
-and backward, the process's peak above what it held before the step (weights, adapter and optimizer states are
-there by then), and the tokens per second of the whole step; the seconds are processor time on one thread, so
-that a busy machine changes little. All variants train the same LoRA and start from the same model, so their
-losses are kept too, to compare.
+Optimizer steps on one sequence, each variant in a process of its own: the bytes that wait between forward and
+backward, the process's peak above what it held before the step (weights, adapter and optimizer states are there
+by then), and the tokens per second of the whole step. The seconds are processor time on one thread, so that a
+busy machine changes little. All variants train the same LoRA from the same model; their losses are kept too, to
+compare.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,8 +41,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHOD = LoraConfig(16, 32.0, TARGETS)
 JOB = JobConfig(batch_size=1, learning_rate=1e-6)
+NUM_STEPS = 3  # to warm up, for the peak, for the speed
 WARM_UP_TOKENS = 32
 WINDOW = 256  # tokens that we compute at a time, forward and backward
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 BASELINE = "transformers + peft"
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "memory.png"
 console = Console()
@@ -96,10 +99,9 @@ def measure(task: Task) -> Found:
 
 
 def make_examples(task: Task) -> Dataset:
-    """Two examples, all of whose tokens are learnt; the one that a job takes first is short."""
-    lengths = [0, 0]
-    for length, index in zip((WARM_UP_TOKENS, task.num_tokens), epoch_order(2, JOB.seed, 0), strict=True):
-        lengths[index] = length
+    """Three examples, all of whose tokens are learnt; the one that a job takes first is short."""
+    lengths = [task.num_tokens] * NUM_STEPS
+    lengths[epoch_order(NUM_STEPS, JOB.seed, 0)[0]] = WARM_UP_TOKENS
     return make_dataset(lengths, ModelConfig.from_folder(task.folder).vocab_size, masked=0.0)
 
 
@@ -146,11 +148,14 @@ def measure_peft(task: Task, dataset: Dataset) -> Found:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=JOB.learning_rate, weight_decay=JOB.weight_decay)
-    short, long = (
-        torch.from_numpy(dataset.example(index)[0]).long()[None] for index in epoch_order(2, JOB.seed, 0)
-    )
+    examples = [
+        torch.from_numpy(dataset.example(index)[0]).long()[None]
+        for index in epoch_order(NUM_STEPS, JOB.seed, 0)
+    ]
+    remaining = iter(examples)
 
-    def step(tokens: torch.Tensor) -> float:
+    def step() -> float:
+        tokens = next(remaining)
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, JOB.max_grad_norm)
@@ -158,13 +163,12 @@ def measure_peft(task: Task, dataset: Dataset) -> Found:
         optimizer.zero_grad(set_to_none=False)  # the states before the step and after it are alike
         return float(loss.detach())
 
-    step(short)
-    peak, elapsed, loss = observe(lambda: step(long))
-    saved = (
-        checkpointed_bytes(model, long, task)
-        if task.variant.checkpointing
-        else saved_bytes(model, long, use_cache=False)
-    )
+    step()
+    peak, elapsed, loss = observe(step)
+    if task.variant.checkpointing:
+        saved = checkpointed_bytes(model, examples[-1], task)
+    else:
+        saved = saved_bytes(model, examples[-1], use_cache=False)
     return Found(task.variant.name, saved / task.num_tokens, peak, task.num_tokens / elapsed, loss)
 
 
@@ -185,15 +189,25 @@ def checkpointed_bytes(model: Any, tokens: torch.Tensor, task: Task) -> int:
 
 
 def observe(step: Callable[[], float]) -> tuple[int, float, float]:
-    """The peak of resident memory above what is resident now, processor seconds, and what `step` gives back."""
+    """Peak of resident memory in a step above what was resident before it, and processor seconds and loss of
+    another step. Linux with glibc.
+
+    In the first the C library gives every freed tensor back at once: else its fragmented heap, which differs
+    by a third from run to run, would be measured. That costs time, so the second runs as by default.
+    """
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: starts the peak afresh
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 64 << 10)
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak afresh
     before = resident("VmRSS")
+    step()
+    peak = resident("VmHWM") - before
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adaptation ends
+    libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
     started = time.process_time()
-    result = step()
-    elapsed = time.process_time() - started
-    return resident("VmHWM") - before, elapsed, result
+    loss = step()
+    return peak, time.process_time() - started, loss
 
 
 def resident(field: str) -> int:
@@ -203,11 +217,11 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def alone(task: Task) -> Found:
-    """In a fresh process, so that no variant's peak hides in what another left behind."""
+def measure_all(tasks: list[Task]) -> Iterator[Found]:
+    """Each in a fresh process, so that no peak hides in what another left behind; one on each core."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure, task).result()
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1) as pool:
+        yield from pool.map(measure, tasks)
 
 
 def show(results: dict[str, Any]) -> None:
@@ -215,17 +229,11 @@ def show(results: dict[str, Any]) -> None:
     for column in ("dtype", "variant", "saved bytes/token", "less", "peak MiB", "less", "tokens/CPU s"):
         table.add_column(column, justify="left" if column in ("dtype", "variant") else "right")
     for dtype, rows in results["dtypes"].items():
-        saved, peak = rows[0]["saved_bytes_per_token"], rows[0]["peak_bytes"]
         for row in rows:
-            table.add_row(
-                dtype,
-                row["name"],
-                f"{row['saved_bytes_per_token']:,.0f}",
-                f"{saved / row['saved_bytes_per_token']:.1f}x",
-                f"{row['peak_bytes'] / 2**20:.0f}",
-                f"{peak / row['peak_bytes']:.1f}x",
-                f"{row['tokens_per_cpu_s']:.0f}",
-            )
+            saved, peak = row["saved_bytes_per_token"], row["peak_bytes"]
+            less = [rows[0]["saved_bytes_per_token"] / saved, rows[0]["peak_bytes"] / peak]
+            sizes = [f"{saved:,.0f}", f"{less[0]:.1f}x", f"{peak / 2**20:.0f}", f"{less[1]:.1f}x"]
+            table.add_row(dtype, row["name"], *sizes, f"{row['tokens_per_cpu_s']:.0f}")
     console.print(table)
 
 
@@ -241,9 +249,8 @@ def save_picture(results: dict[str, Any], path: Path) -> None:
         colors = ["#8a8a8a" if name.startswith(BASELINE) else "#d9632a" for name in names]
         saved = [row["saved_bytes_per_token"] / 2**10 for row in rows]
         peaks = [row["peak_bytes"] / 2**20 for row in rows]
-        speeds = [
-            f" {row['peak_bytes'] / 2**20:.0f} MiB, {row['tokens_per_cpu_s']:.0f} tokens/s" for row in rows
-        ]
+        rates = [row["tokens_per_cpu_s"] for row in rows]
+        speeds = [f" {a:.0f} MiB, {b:.0f} tokens/s" for a, b in zip(peaks, rates, strict=True)]
         left.bar_label(left.barh(names, saved, color=colors), fmt=" %.0f", fontsize=8)
         right.bar_label(right.barh(names, peaks, color=colors), labels=speeds, fontsize=8)
         left.set_title(f"{dtype}: kept for the backward with keys and values, KiB a token", fontsize=10)
@@ -268,7 +275,7 @@ def main(
     model: Annotated[Path, typer.Option(help="Model folder.")] = Path(
         ".flexllm/models/SmolLM2-135M-Instruct"
     ),
-    num_tokens: Annotated[int, typer.Option(help="Length of the sequence.")] = 640,
+    num_tokens: Annotated[int, typer.Option(help="Length of the sequence.")] = 512,
     dtype: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
 ) -> None:
     results: dict[str, Any] = {
@@ -279,10 +286,9 @@ def main(
         "dtypes": {},
     }
     for name in dtype or list(DTYPES):
-        rows = results["dtypes"][name] = []
-        for variant in variants(model, name, num_tokens):
-            console.print(f"measuring {name}, {variant.name} ...")
-            rows.append(asdict(alone(Task(variant, model, name, num_tokens))))
+        console.print(f"measuring {name} ...")
+        tasks = [Task(variant, model, name, num_tokens) for variant in variants(model, name, num_tokens)]
+        results["dtypes"][name] = [asdict(found) for found in measure_all(tasks)]
     show(results)
     save_picture(results, PICTURE)
     console.print(f"saved to {save('memory', results)} and {PICTURE}")
