@@ -253,10 +253,8 @@ def save_picture(results: dict[str, Any], path: Path) -> None:
         speeds = [f" {a:.0f} MiB, {b:.0f} tokens/s" for a, b in zip(peaks, rates, strict=True)]
         left.bar_label(left.barh(names, saved, color=colors), fmt=" %.0f", fontsize=8)
         right.bar_label(right.barh(names, peaks, color=colors), labels=speeds, fontsize=8)
-        left.set_title(f"{dtype}: kept for the backward with keys and values, KiB a token", fontsize=10)
-        right.set_title(
-            f"{dtype}: peak of the process above its state before the step; speed on one thread", fontsize=10
-        )
+        left.set_title(f"{dtype}: kept for the backward, KiB a token", fontsize=10)
+        right.set_title(f"{dtype}: peak of the process above its state before; one thread", fontsize=10)
         right.set_yticks([])
         right.set_xlim(right=1.4 * max(peaks))
         for axes in (left, right):
