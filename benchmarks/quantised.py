@@ -192,18 +192,8 @@ def measure(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> None:
-    table = Table(title="The frozen backbone's form, one thread, rates per second of processor time")
-    columns = (
-        "form",
-        "weights",
-        "perplexity",
-        "of answers",
-        "same choice",
-        "decode 1",
-        "decode 8",
-        "finetune",
-        "loss",
-    )
+    table = Table(title="The frozen backbone, one thread, tokens per second of processor time")
+    columns = ("form", "MB", "ppl", "answers", "same", "decode", "x 8", "train", "loss")
     for column in columns:
         table.add_column(column, justify="left" if column == "form" else "right")
     for name, found in results["forms"].items():
