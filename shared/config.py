@@ -48,13 +48,14 @@ class Settings(BaseSettings):
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     quantise: Literal["none", "int8", "int4"] = "none"  # form of the layers' frozen weights
     int4_group_size: int = Field(default=32, ge=1)  # weights of a row that share a scale in int4
-    num_threads: int = Field(default=0, ge=0)  # CPU threads of the engine; 0: all cores
+    num_threads: int = Field(default=0, ge=0)  # CPU threads of the engine, on each rank; 0: all cores
+    tensor_parallel: int = Field(default=1, ge=1)  # ranks that share the model: GPUs, or processes on CPUs
 
     # Engine limits
     max_model_len: int = Field(default=2048, ge=16)
     max_num_seqs: int = Field(default=16, ge=1)  # running sequences
     max_num_batched_tokens: int = Field(default=512, ge=16)  # tokens of one fused forward
-    kv_cache_bytes: int = Field(default=0, ge=0)  # 0: chosen from the free memory
+    kv_cache_bytes: int = Field(default=0, ge=0)  # on each rank; 0: chosen from the free memory
     block_size: int = Field(default=16, ge=1)
     max_adapters: int = Field(default=16, ge=1)  # adapters resident on the device
     max_lora_rank: int = Field(default=128, ge=1)

@@ -15,6 +15,7 @@ import structlog
 from services.gpu_worker.engine.engine import Engine, EngineConfig, IterationStats
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.inference import InferenceLink
+from services.gpu_worker.ranks import open_engine
 from services.gpu_worker.store_client import StoreClient
 from services.gpu_worker.training import TrainingLink
 from shared.config import Settings
@@ -50,10 +51,10 @@ class Meter:
 
 
 class Worker:
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, engine: Engine) -> None:
         self.worker_id = f"{socket.gethostname()}-{secrets.token_hex(6)}"
         self._settings = settings
-        self._engine = Engine(engine_config(settings))
+        self._engine = engine
         folder = describe_model(settings.model_dir)
         client = open_redis(settings.redis_url)
         requests = InferenceWorkerQueue(client, settings, self.worker_id)
@@ -178,7 +179,9 @@ def engine_config(settings: Settings) -> EngineConfig:
 
 def main() -> None:
     configure_logs()
-    worker = Worker(Settings())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, worker.stop)
-    worker.run()
+    settings = Settings()
+    with open_engine(engine_config(settings), settings.tensor_parallel) as engine:
+        worker = Worker(settings, engine)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, worker.stop)
+        worker.run()

@@ -112,7 +112,7 @@ class Engine:
         """Of several ranks each has an engine with its part of the model; `engine/group.py` keeps them in step."""
         self.config = config
         self.group = group
-        device = _device(config.device)
+        device = device_of(config.device)
         if device.type == "cpu" and config.num_threads:
             torch.set_num_threads(config.num_threads)
         make = _make_linear(config)
@@ -397,7 +397,7 @@ class Engine:
         return self.runner.trainers[job_id].trained_tokens
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)

@@ -1,0 +1,161 @@
+"""Engines of ranks that share a model, kept in step: rank 0 is called, the others make the same calls.
+
+A scheduler's decisions follow from its calls, the time, the tokens drawn and what iterations took. So rank 0 tells
+each call with its time before it is made, and after each iteration its tokens and timings; whatever else a rank
+needs, it computes. Every rank then has the same requests, jobs and blocks, and forms the same batches.
+
+These messages are Python objects and go over pipes between processes of our own making, never over a port.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from services.gpu_worker.engine.batch import Batch, Timing
+from services.gpu_worker.engine.engine import Engine, EngineConfig, StepResult
+from services.gpu_worker.engine.model_runner import RunResult
+from services.gpu_worker.finetune.job import FinetuneJob
+from services.gpu_worker.model.parallel import Group
+
+
+class OutOfStep(RuntimeError):
+    """This rank's engine has come to another result than rank 0's: the group cannot go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A method of the engine that rank 0 makes at `now_s`; `refusal` is how the call before it ended there."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    now_s: float
+    refusal: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """What rank 0 found in one: tokens by request, jobs that failed, its timing, and the time afterwards."""
+
+    tokens: list[tuple[str, int]]
+    failed: list[str]
+    timing: Timing
+    now_s: float
+
+
+class Channel:
+    """Rank 0's pipes to the others, or another rank's one from rank 0."""
+
+    def __init__(self, *pipes: Connection) -> None:
+        self._pipes = pipes
+
+    def send(self, message: Call | Iteration | None) -> None:
+        for pipe in self._pipes:
+            pipe.send(message)
+
+    def receive(self) -> Any:
+        return self._pipes[0].recv()
+
+
+class GroupEngine(Engine):
+    """On rank 0 an engine like any other; `close` ends the other ranks' `follow`."""
+
+    def __init__(self, config: EngineConfig, group: Group, channel: Channel) -> None:
+        self._channel = channel
+        self._time_s = time.monotonic()
+        self._calling = False
+        self._refusal: str | None = None
+        super().__init__(config, group)
+
+    def follow(self) -> None:
+        """Makes rank 0's calls until it closes. Raises OutOfStep, and EOFError where rank 0 ended without a word."""
+        while (call := self._channel.receive()) is not None:
+            if call.refusal != self._refusal:
+                raise OutOfStep(f"rank {self.group.rank}: {self._refusal} where rank 0 had {call.refusal}")
+            with suppress(ValueError):
+                self._make(call)
+
+    def close(self) -> None:
+        self._channel.send(None)
+
+    # --- calls that change an engine
+
+    def step(self) -> StepResult:
+        result: StepResult = self._together("step")
+        return result
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        self._together("add", *args, **kwargs)
+
+    def abort(self, request_id: str) -> None:
+        self._together("abort", request_id)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._together("load_adapter", *args, **kwargs)
+
+    def add_job(self, *args: Any, **kwargs: Any) -> FinetuneJob:
+        job: FinetuneJob = self._together("add_job", *args, **kwargs)
+        return job
+
+    def remove_job(self, job_id: str) -> None:
+        self._together("remove_job", job_id)
+
+    def checkpoint_job(self, job_id: str) -> dict[str, bytes]:
+        files: dict[str, bytes] = self._together("checkpoint_job", job_id)
+        return files
+
+    def export_job(self, job_id: str, base_model: str) -> dict[str, bytes]:
+        files: dict[str, bytes] = self._together("export_job", job_id, base_model)
+        return files
+
+    def _together(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if self._calling:  # from within another call, which every rank is in
+            return getattr(Engine, name)(self, *args, **kwargs)
+        call = Call(name, args, kwargs, time.monotonic(), self._refusal)
+        self._channel.send(call)
+        return self._make(call)
+
+    def _make(self, call: Call) -> Any:
+        self._time_s, self._calling, self._refusal = call.now_s, True, None
+        try:
+            return getattr(Engine, call.name)(self, *call.args, **call.kwargs)
+        except ValueError as error:  # what a caller may have asked in vain
+            self._refusal = type(error).__name__
+            raise
+        finally:
+            self._calling = False
+
+    # --- what an iteration found
+
+    def _now_s(self) -> float:
+        return self._time_s
+
+    def _run(self, batch: Batch) -> RunResult:
+        result = super()._run(batch)
+        found = Iteration(
+            [(item.sequence.request_id, item.token) for item in result.sampled],
+            [job_id for job_id, _ in result.failures],
+            result.timing,
+            time.monotonic(),
+        )
+        if self.group.rank == 0:
+            self._channel.send(found)
+        else:
+            found = self._take_over(found, result)
+        self._time_s = found.now_s
+        return result
+
+    def _take_over(self, own: Iteration, result: RunResult) -> Iteration:
+        """Rank 0's tokens and timing in the place of this rank's, which rounding may have made different."""
+        first: Iteration = self._channel.receive()
+        requests = [[request_id for request_id, _ in found.tokens] for found in (own, first)]
+        if requests[0] != requests[1] or own.failed != first.failed:
+            raise OutOfStep(f"rank {self.group.rank} computed {own} where rank 0 computed {first}")
+        tokens = [token for _, token in first.tokens]
+        result.sampled = [replace(s, token=t) for s, t in zip(result.sampled, tokens, strict=True)]
+        result.timing = first.timing
+        return first
