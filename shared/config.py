@@ -62,7 +62,9 @@ class Settings(BaseSettings):
     max_finetune_jobs: int = Field(default=4, ge=0)  # jobs in training at once on one worker
     finetune_window: int = Field(default=256, ge=1)  # largest window, tokens
     finetune_tokens_in_flight: int = Field(default=2048, ge=16)  # tokens of one packed training sequence
-    activation_bytes: int = Field(default=0, ge=0)  # that one job keeps; 0: its part of half the free memory
+    finetune_bytes: int = Field(default=0, ge=0)  # that all jobs may hold; 0: a share of what serving leaves
+    activation_bytes: int = Field(default=0, ge=0)  # that one job keeps if it can; 0: its part of these
+    offload_activations: Literal["auto", "always", "never"] = "auto"  # to the host; auto: what does not fit
 
     # Service levels
     tpot_slo_ms: float = Field(default=150.0, gt=0)

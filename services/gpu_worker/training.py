@@ -17,6 +17,7 @@ from typing import Any
 import redis
 import structlog
 
+from services.gpu_worker.engine.admission import JobMustWait
 from services.gpu_worker.engine.engine import Engine, JobEvent
 from services.gpu_worker.finetune.checkpoint import InvalidCheckpoint
 from services.gpu_worker.finetune.dataset import Dataset, InvalidDataset
@@ -223,6 +224,10 @@ class TrainingLink:
                 weight=lease.tenant_weight,
                 checkpoint=prepared.checkpoint,
             )
+        except JobMustWait as error:
+            log.info("job_handed_back", job=lease.job_id, reason=str(error))
+            self._end(run, EndJob(fence=lease.fence, outcome="released"))
+            return
         except (InvalidAdapter, InvalidCheckpoint, ValueError) as error:
             self._fail(run, error)
             return

@@ -41,6 +41,14 @@ class JobWindow:
         return window_work(self.sequence, self.window.start, self.window.end)
 
 
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """A job that gave up its blocks; the first of them hold its keys and values."""
+
+    job: FinetuneJob
+    blocks: list[int]
+
+
 def chunk_work(start: int, num_tokens: int) -> Work:
     if num_tokens == 1:
         return Work(decodes=1, keys=start + 1)
@@ -55,12 +63,18 @@ def window_work(sequence: TrainingSequence, start: int, end: int) -> Work:
 
 @dataclass(slots=True)
 class Batch:
-    """One fused forward over `chunks` and `forwards`, then `backwards` in order, then `optimizer_steps`."""
+    """One fused forward over `chunks` and `forwards`, then `backwards` in order, then `optimizer_steps`.
+
+    Before all that the keys and values of `parked` jobs go to host memory, then those of jobs `brought_back`
+    into their new blocks.
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
     forwards: list[JobWindow] = field(default_factory=list)
     backwards: list[JobWindow] = field(default_factory=list)
     optimizer_steps: list[FinetuneJob] = field(default_factory=list)
+    parked: list[Parked] = field(default_factory=list)
+    brought_back: list[FinetuneJob] = field(default_factory=list)
     limit_ms: float = 0.0
     predicted_ms: float = 0.0
 
@@ -79,7 +93,8 @@ class Batch:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.chunks or self.forwards or self.backwards or self.optimizer_steps)
+        computed = self.chunks or self.forwards or self.backwards or self.optimizer_steps
+        return not (computed or self.parked or self.brought_back)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,11 @@ from typing import Literal
 
 import torch
 
-from services.gpu_worker.compiler.programs import CompiledMethod
+from services.gpu_worker.engine.admission import Admission, Offload
 from services.gpu_worker.engine.batch import Batch, Timing
 from services.gpu_worker.engine.block_manager import BlockManager
-from services.gpu_worker.engine.memory import free_bytes
+from services.gpu_worker.engine.memory import MemoryAccount, cache_bytes, free_bytes, total_bytes
+from services.gpu_worker.engine.memory_watch import MemoryWatch
 from services.gpu_worker.engine.model_runner import ModelRunner, RunResult
 from services.gpu_worker.engine.profile import profile
 from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
@@ -23,14 +24,14 @@ from services.gpu_worker.engine.sequence import Logprob, Sampling, Sequence
 from services.gpu_worker.finetune.checkpoint import load_checkpoint, save_checkpoint
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
-from services.gpu_worker.finetune.policies import LayerPolicies, fit
+from services.gpu_worker.finetune.memory import JobMemory
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.linear import DenseLinear
 from services.gpu_worker.kernels.quantised import GROUP_SIZE, quantise
 from services.gpu_worker.model.adapters import AdapterPool
 from services.gpu_worker.model.parallel import ALONE, Group
-from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens, projections
+from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens
 from services.gpu_worker.model.peft_files import read_peft, write_peft
 from services.gpu_worker.model.transformer import VIRTUAL_TOKEN, Transformer
 from services.gpu_worker.model.weights import MakeLinear, load_weights
@@ -56,7 +57,9 @@ class EngineConfig:
     max_lora_rank: int = 128
     max_finetune_jobs: int = 4
     finetune_tokens_in_flight: int = 2048
-    activation_bytes: int = 0  # of one job's training sequence; 0: a share of the free memory
+    finetune_bytes: int = 0  # of all jobs together; 0: a share of what weights, cache and adapters leave
+    activation_bytes: int = 0  # that one job keeps if it can; 0: its part of these
+    offload_activations: Offload = "auto"  # to host memory; auto: what a GPU has no room for
     tpot_slo_ms: float = 250.0
     ttft_slo_ms: float = 2000.0
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -120,22 +123,25 @@ class Engine:
         self.max_model_len = min(config.scheduler.max_model_len, weights.config.max_position)
         longest = max(self.max_model_len, min(config.finetune_tokens_in_flight, weights.config.max_position))
         self.model = Transformer(weights, longest)
-        self.cache = self._make_cache(device)
-        self.activation_bytes = config.activation_bytes or self._activation_bytes(device)
+        ranks_beside = group.size if device.type == "cpu" else 1  # in the same memory
+        free = group.least(free_bytes(device) // ranks_beside)
+        self.cache = self._make_cache(device, free)
+        self.admission = self._make_admission()
+        self.admission.set_budget(config.finetune_bytes, free - self.cache.size_bytes, config.max_adapters)
         self.adapters = AdapterPool(config.max_adapters)
         self.runner = ModelRunner(self.model, self.cache, self.adapters)
         self.blocks = BlockManager(self.cache.num_blocks, config.block_size)
         largest = config.scheduler.max_num_batched_tokens + config.scheduler.finetune_window
-        usual = LoraConfig(rank=16, alpha=16, targets=tuple(projections(self.model.config)))
-        latency = profile(self.runner, largest, self._policies(usual))
+        latency = profile(self.runner, largest, self.admission.usual_policies())
         self.scheduler = Scheduler(config.scheduler, self.blocks, latency)
+        self._watch = MemoryWatch(weights, self.scheduler, self.runner.trainers, self.admission.can_move)
         self._sequences: dict[str, Sequence] = {}
         self._jobs: dict[str, FinetuneJob] = {}
 
-    def _make_cache(self, device: torch.device) -> KVCache:
+    def _make_cache(self, device: torch.device, free: int) -> KVCache:
         config, dtype = self.model.config, self.model.weights.dtype
         block_bytes = 2 * config.num_layers * config.kv_size * dtype.itemsize * self.config.block_size
-        num_blocks = self.group.least((self.config.kv_cache_bytes or _cache_bytes(device)) // block_bytes)
+        num_blocks = (self.config.kv_cache_bytes or cache_bytes(device, free)) // block_bytes
         if num_blocks * self.config.block_size < self.max_model_len:
             raise ValueError(
                 f"the key/value cache holds {num_blocks * self.config.block_size} tokens, fewer than one "
@@ -151,25 +157,16 @@ class Engine:
             device,
         )
 
-    def _activation_bytes(self, device: torch.device) -> int:
-        """What one job's activations may take where nobody said: its part of half of what is free."""
-        ranks_beside = self.group.size if device.type == "cpu" else 1  # in the same memory
-        return self.group.least(
-            free_bytes(device) // 2 // max(1, self.config.max_finetune_jobs) // ranks_beside
+    def _make_admission(self) -> Admission:
+        config = self.config
+        return Admission(
+            self.model.weights,
+            config.max_finetune_jobs,
+            min(config.finetune_tokens_in_flight, self.cache.num_blocks * config.block_size),
+            config.max_lora_rank,
+            config.offload_activations,
+            config.activation_bytes,
         )
-
-    def _policies(self, method: Method, dropout: bool = False) -> LayerPolicies:
-        """What a job of this method keeps, for its longest training sequence to stay within the budget."""
-        tokens = self.config.finetune_tokens_in_flight
-        compiled = CompiledMethod(
-            self.model.weights.whole,
-            method,
-            dtype=self.model.weights.dtype,
-            sequence_length=tokens,
-            dropout=dropout,
-            tp=self.group.size,
-        )
-        return fit(compiled, self.activation_bytes / tokens)
 
     # --- one iteration
 
@@ -179,6 +176,7 @@ class Engine:
 
     def step(self) -> StepResult:
         """One co-serving iteration; returns at once, empty, where nothing can be computed."""
+        self._watch.look(self._now_s())
         batch = self.scheduler.schedule(self._now_s())
         if batch.is_empty:
             return StepResult(jobs=self._job_events(RunResult()), stats=self._stats(batch, Timing()))
@@ -245,6 +243,18 @@ class Engine:
             len(self.scheduler.running),
             len(self.scheduler.waiting),
             self.blocks.num_free_blocks,
+        )
+
+    def memory(self) -> MemoryAccount:
+        """What everybody holds now, from the tensors that are there."""
+        jobs = sum((trainer.memory for trainer in self.runner.trainers.values()), JobMemory())
+        device = {
+            "weights": self.model.size_bytes,
+            "kv_cache": self.cache.size_bytes,
+            "adapters": self.adapters.size_bytes,
+        }
+        return MemoryAccount(
+            device | jobs.on_device(), jobs.on_host(), self.admission.budget, total_bytes(self.cache.device)
         )
 
     # --- requests
@@ -333,7 +343,7 @@ class Engine:
     # --- jobs
 
     def can_add_job(self) -> bool:
-        return len(self._jobs) < self.config.max_finetune_jobs
+        return len(self._jobs) < self.config.max_finetune_jobs and not self.admission.is_full
 
     def add_job(
         self,
@@ -346,26 +356,35 @@ class Engine:
         weight: float = 1.0,
         checkpoint: Mapping[str, bytes] | None = None,
     ) -> FinetuneJob:
-        """Starts a job, or continues it from a checkpoint's files. Raises ValueError for what cannot run."""
+        """Starts a job, or continues it from a checkpoint's files.
+
+        Raises ValueError for what cannot run, JobMustWait for what does not fit beside the jobs that run.
+        """
         if isinstance(method, LoraConfig) and method.rank > self.config.max_lora_rank:
             raise ValueError(f"rank {method.rank} exceeds {self.config.max_lora_rank}")
-        policies = self._policies(method, dropout=config.lora_dropout > 0)
+        lengths = examples_of(training, method)
+        held_out = examples_of(validation, method) if validation else None
+        plan = self.admission.find_plan(method, config, lengths, held_out)
         job = FinetuneJob(
             job_id,
             config,
-            examples_of(training, method),
-            examples_of(validation, method) if validation else None,
+            lengths,
+            held_out,
             self.model.config.num_layers,
-            min(self.config.finetune_tokens_in_flight, self.cache.num_blocks * self.config.block_size),
+            plan.max_tokens,
             weight,
-            trains_layers=policies.compiled.trains_layers,
+            trains_layers=plan.policies.compiled.trains_layers,
+            can_park=plan.can_park,
         )
         longest = self.model.max_position - num_virtual_tokens(method)
         for dataset in filter(None, (training, validation)):
             dataset.check(self.model.config.vocab_size, longest)
-        trainer = Trainer(self.model, self.cache, job, training, validation, policies)
+        trainer = Trainer(
+            self.model, self.cache, job, training, validation, plan.policies, plan.num_host_layers
+        )
         if checkpoint is not None:
             load_checkpoint(trainer, checkpoint)
+        self.admission.reserve(job_id, plan)
         self.runner.trainers[job_id] = trainer
         self._jobs[job_id] = job
         self.scheduler.add_job(job)
@@ -379,6 +398,7 @@ class Engine:
         if job in self.scheduler.jobs:
             self.scheduler.remove_job(job)
         del self.runner.trainers[job_id]
+        self.admission.release(job_id)
 
     def job(self, job_id: str) -> FinetuneJob:
         return self._jobs[job_id]
@@ -416,14 +436,6 @@ def _make_linear(config: EngineConfig) -> MakeLinear:
     if config.quantise == "none":
         return DenseLinear
     return partial(quantise, scheme=config.quantise, group_size=config.int4_group_size)
-
-
-def _cache_bytes(device: torch.device) -> int:
-    """What the key/value cache may take where nobody said: most of a GPU, 1 GiB of a CPU's memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * 0.6)
-    return 1 << 30
 
 
 def _cache_seed(adapter: str | None, salt: str) -> bytes:

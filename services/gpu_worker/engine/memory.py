@@ -1,33 +1,93 @@
-"""How much memory is left on the device that computes."""
+"""Whose the device's memory is: what is left of it, how it is shared out, and what everybody holds.
+
+Weights come first. The key/value cache is a setting, or most of what a GPU has left and at most 1 GiB of a
+CPU's. Room is set aside for `max_adapters` adapters. Of what remains finetuning may hold a share, and the rest
+is for what an iteration needs while it is computed.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
+CGROUP_FILES = (  # of version 2 and 1: limit, use, statistics, and in these the pages that are dropped at need
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+CACHE_SHARE = {"cuda": 0.6, "cpu": 0.5}  # of what weights leave, for the key/value cache
+MOST_CPU_CACHE = 1 << 30  # others run on the machine too
+FINETUNE_SHARE = {"cuda": 0.75, "cpu": 0.5}  # of what weights, cache and adapters leave
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryAccount:
+    """Bytes by owner, from the tensors that are there. On a CPU host and device are the same memory."""
+
+    device: dict[str, int]
+    host: dict[str, int]  # moved out of the device's memory
+    finetune_budget: int  # of the device's, for all jobs together
+    limit: int  # all that the device has: the GPU's memory, or the machine's or container's
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return sum(self.device.values())
+
+
+def total_bytes(device: torch.device) -> int:
+    """Of a GPU all it has; of a CPU the machine's memory or the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    machine = _machine_bytes("MemTotal")
+    limits = [limit for limit, _ in _container()]
+    return min([machine, *limits])
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of a GPU what its driver reports; of a CPU what the machine and the container's limit leave."""
+    """Of a GPU what its driver and torch's own pool have free; of a CPU what machine and container leave."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return min(_machine_bytes(), _container_bytes())
+        pooled = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + pooled
+    left = [max(0, limit - used) for limit, used in _container()]
+    return min([_machine_bytes("MemAvailable"), *left])
 
 
-def _machine_bytes() -> int:
+def _machine_bytes(name: str) -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return 4 << 30  # no Linux: a guess that any machine with a model on it has
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return int(fields[name].split()[0]) * 1024
 
 
-def _container_bytes() -> int:
-    """What a memory limit on our control group leaves; without one, as much as there is."""
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
-        return 1 << 62
-    return max(0, int(limit.read_text()) - int(used.read_text()))
+def _container() -> list[tuple[int, int]]:
+    """(limit, use) of our control group, in bytes, where it has a limit. Files that were read and can be
+    dropped, such as a checkpoint's, are charged to the group too: they are no use."""
+    found = []
+    for limit_file, used_file, statistics_file, droppable in CGROUP_FILES:
+        limit, used, statistics = (CGROUP / name for name in (limit_file, used_file, statistics_file))
+        if not (limit.exists() and used.exists() and limit.read_text().strip().isdigit()):
+            continue
+        lines = statistics.read_text().splitlines() if statistics.exists() else []
+        dropped = sum(int(line.split()[1]) for line in lines if line.split()[0] == droppable)
+        found.append((int(limit.read_text()), int(used.read_text()) - dropped))
+    return found
+
+
+def cache_bytes(device: torch.device, free: int) -> int:
+    """What the key/value cache gets where nobody said."""
+    share = int(free * CACHE_SHARE[device.type])
+    return share if device.type == "cuda" else min(share, MOST_CPU_CACHE)
+
+
+def finetune_bytes(device: torch.device, left: int) -> int:
+    """What all jobs together may hold where nobody said; `left` by weights, cache and adapters."""
+    return max(0, int(left * FINETUNE_SHARE[device.type]))

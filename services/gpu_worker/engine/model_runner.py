@@ -68,6 +68,12 @@ class ModelRunner:
     def run(self, batch: Batch) -> RunResult:
         """A failure in one job's own windows ends up in `failures` and touches nobody else."""
         result = RunResult()
+        for parked in batch.parked:
+            park = partial(self.trainers[parked.job.job_id].park, parked.blocks)
+            self._guarded(parked.job.job_id, result, park)
+        for job in batch.brought_back:
+            self._guarded(job.job_id, result, self.trainers[job.job_id].bring_back)
+        self._synchronize()
         started = time.perf_counter()
         if batch.chunks or batch.forwards:
             self._forward(batch, result)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Sampled, chunk_work, window_work
 from services.gpu_worker.engine.block_manager import BlockManager
+from services.gpu_worker.engine.job_blocks import JobBlocks
 from services.gpu_worker.engine.latency import LatencyModel, Work, largest
+from services.gpu_worker.engine.pressure import Pressure
 from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.finetune.job import FinetuneJob, Phase
 
@@ -48,8 +50,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.jobs: list[FinetuneJob] = []
+        self.pressure = Pressure.NONE
+        self._job_blocks = JobBlocks(blocks)
         self._starved = 0  # iterations in a row in which jobs got nothing
-        self._reclaimed = False  # a job lost its blocks; it waits for more than it needs
 
     @property
     def has_work(self) -> bool:
@@ -72,7 +75,12 @@ class Scheduler:
 
     def remove_job(self, job: FinetuneJob) -> None:
         self.jobs.remove(job)
-        self._free_blocks(job)
+        self._job_blocks.free(job)
+
+    def preempt_jobs(self) -> None:
+        """Every job gives up its blocks and the step that it has in hand."""
+        for job in self.jobs:
+            self._job_blocks.give_up(job)
 
     # --- one iteration
 
@@ -98,7 +106,7 @@ class Scheduler:
                 )
         for job in batch.optimizer_steps:
             job.complete_step()
-            self._free_blocks(job)  # so that jobs take turns where memory holds one of them
+            self._job_blocks.free(job)  # so that jobs take turns where memory holds one of them
         return [self._advance(item, now_s) for item in sampled]
 
     def _limit_ms(self, now_s: float) -> float:
@@ -184,7 +192,7 @@ class Scheduler:
         """Blocks for the first `num_tokens`; takes them from jobs, then from the newest sequences."""
         needed = self.blocks.blocks_for(num_tokens) - len(sequence.block_table)
         while not self.blocks.can_allocate(needed):
-            if self._reclaim_from_jobs():
+            if self._job_blocks.reclaim(self.jobs, batch):
                 continue
             victim = self.running[-1]
             self._preempt(victim)
@@ -226,8 +234,12 @@ class Scheduler:
 
     def _schedule_finetuning(self, batch: Batch) -> None:
         """Least served job first; each adds work until the iteration is full."""
+        if self.pressure >= Pressure.PAUSED:
+            return
         forced = self._starved >= self.config.patience or not (self.running or self.waiting)
         for job in sorted(self.jobs, key=lambda job: job.served_tokens):
+            if job.parked and not self._job_blocks.bring_back(job, batch):
+                continue
             if job.phase is Phase.FORWARD:
                 self._add_forward(batch, job, forced)
             if job.phase is Phase.BACKWARD:
@@ -241,12 +253,16 @@ class Scheduler:
     def _fits(self, batch: Batch, cost_ms: float, forced: bool) -> bool:
         return forced or batch.predicted_ms + cost_ms <= batch.limit_ms
 
+    @property
+    def _largest_window(self) -> int:
+        return self.config.finetune_window if self.pressure is Pressure.NONE else self.config.min_window
+
     def _add_forward(self, batch: Batch, job: FinetuneJob, forced: bool) -> None:
-        if job.position == 0 and not self._reserve_blocks(job):
+        if job.position == 0 and not self._job_blocks.reserve(job):
             return
         sequence, evaluating, start, beside = job.sequence, job.evaluating, job.position, batch.forward_work
         others_ms = batch.predicted_ms - self.latency.forward_ms(beside)
-        most = min(job.remaining_forward, self.config.finetune_window)
+        most = min(job.remaining_forward, self._largest_window)
         size = self._largest_beside(
             beside, batch.limit_ms - others_ms, most, lambda n: window_work(sequence, start, start + n)
         )
@@ -261,7 +277,7 @@ class Scheduler:
     def _add_backwards(self, batch: Batch, job: FinetuneJob, forced: bool) -> None:
         sequence = job.sequence
         while job.phase is Phase.BACKWARD:
-            most = min(job.position, self.config.finetune_window)
+            most = min(job.position, self._largest_window)
             size = self._largest_backward(job, batch.limit_ms - batch.predicted_ms, most)
             size = self._acceptable(size, most, forced and not batch.backwards)
             if not size:
@@ -283,31 +299,3 @@ class Scheduler:
         if size >= smallest:
             return size
         return smallest if forced else 0
-
-    def _reserve_blocks(self, job: FinetuneJob) -> bool:
-        """Blocks for the longest training sequence of the step in hand."""
-        wanted = self.blocks.blocks_for(max(sequence.num_tokens for sequence in job.sequences))
-        needed = max(0, wanted - len(job.blocks))
-        spare = min(self.blocks.num_blocks // 10, self.blocks.num_blocks - wanted) if self._reclaimed else 0
-        if needed and not self.blocks.can_allocate(needed + spare):
-            return False
-        self._reclaimed = False
-        job.blocks += self.blocks.allocate(needed)
-        return True
-
-    def _free_blocks(self, job: FinetuneJob) -> None:
-        self.blocks.free(job.blocks)
-        job.blocks = []
-
-    def _reclaim_from_jobs(self) -> bool:
-        """Takes the most served job's blocks; False where no job has any. A step in hand starts over, unless
-        the job stands between two training sequences."""
-        holders = [job for job in self.jobs if job.blocks]
-        if not holders:
-            return False
-        victim = max(holders, key=lambda job: job.served_tokens)
-        self._free_blocks(victim)
-        if victim.reads_cache:
-            victim.restart_step()
-        self._reclaimed = True
-        return True

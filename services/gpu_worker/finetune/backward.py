@@ -16,17 +16,38 @@ from torch import Tensor
 
 from services.gpu_worker.kernels.attention import window_attention
 from services.gpu_worker.kernels.attention_backward import window_attention_backward
+from services.gpu_worker.kernels.norm_rope import accumulation_dtype
+from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.context import AdapterRun, PagedWindow
 from services.gpu_worker.model.parallel import ALONE, Group
 
 
 @dataclass(slots=True)
 class GradientState:
-    """Gradients in flight of one training sequence of T tokens."""
+    """Gradients in flight of a training sequence of up to T tokens."""
 
     dx: Tensor  # [T, D]: of the layer's output, overwritten by that of its input
     dk: Tensor  # [G, T, E] of the rotated keys, summed over the windows done, float32
     dv: Tensor
+
+    @classmethod
+    def zeros(
+        cls, config: ModelConfig, num_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> GradientState:
+        shape, wide = (config.num_kv_heads, num_tokens, config.head_dim), accumulation_dtype(dtype)
+        return cls(
+            torch.zeros(num_tokens, config.hidden_size, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=wide, device=device),
+            torch.zeros(shape, dtype=wide, device=device),
+        )
+
+    @staticmethod
+    def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+        return config.hidden_size * dtype.itemsize + 2 * config.kv_size * accumulation_dtype(dtype).itemsize
+
+    @property
+    def size_bytes(self) -> int:
+        return self.dx.nbytes + self.dk.nbytes + self.dv.nbytes
 
     def begin_layer(self) -> None:
         self.dk.zero_()

@@ -112,6 +112,8 @@ class FinetuneJob:
     sequences: list[TrainingSequence] = field(default_factory=list)  # of the step or evaluation in hand
     evaluated_step: int = -1  # the last step after which the validation set was run
     blocks: list[int] = field(default_factory=list)  # of the key/value cache, for the sequence in flight
+    can_park: bool = False  # host memory has room for its keys and values
+    parked: bool = False  # they are there, and the job waits for blocks
     restarts: int = 0  # how often a step in hand was given up
     served_tokens: float = 0.0  # token-layers computed per weight, for the fair share among jobs
 
@@ -152,6 +154,11 @@ class FinetuneJob:
     def reads_cache(self) -> bool:
         """Whether the next window reads keys and values of windows before it."""
         return self.phase is Phase.BACKWARD or (self.phase is Phase.FORWARD and self.position > 0)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the sequence in flight, whose keys and values the job has computed."""
+        return self.position if self.phase is Phase.FORWARD else self.sequence.num_tokens
 
     def step_examples(self, step: int) -> list[int]:
         """Indices of the examples of an optimizer step; a pure function of (seed, step)."""
@@ -259,6 +266,7 @@ class FinetuneJob:
     def restart_step(self) -> None:
         """Gives up what the step in hand has computed; its gradients must be dropped with it."""
         self.restarts += 1
+        self.parked = False
         self._plan()
 
 

@@ -62,7 +62,13 @@ class TrainableParameters:
     @property
     def size_bytes(self) -> int:
         """Masters, gradients, AdamW's two moments, and the copy that computes."""
-        return 4 * self.flat.numel() * self.flat.element_size() + self.weights.size_bytes
+        return 4 * self.flat.nbytes + self.weights.size_bytes
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Masters and moments; the first step makes the moments."""
+        moments = self._optimizer.state.get(self.flat, {})
+        return sum(tensor.nbytes for tensor in (self.flat, *moments.values()))
 
     def _slice(self) -> None:
         start = 0

@@ -10,7 +10,9 @@ from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.compiler.rematerialize import Policy
 from services.gpu_worker.finetune.activations import Reserve
 
-WORTH_KEEPING = 16.0  # FLOPs a byte: what is computed again for less takes no longer than to write and read it
+WORTH_KEEPING = (
+    16.0  # FLOPs a byte: what is computed again for less takes no longer than to write and read it
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,9 @@ class LayerPolicies:
     def reserve(self) -> Reserve:
         if not self.compiled.trains_layers:
             return Reserve(self.compiled.tensors, (frozenset(),) * len(self.chosen))
-        kept = (self.compiled.kept(policy, layer == 0) for layer, policy in enumerate(self.chosen))
-        return Reserve(self.compiled.tensors, tuple(kept))
+        layers = [(policy, layer == 0) for layer, policy in enumerate(self.chosen)]
+        kept = {layer: self.compiled.kept(*layer) for layer in set(layers)}
+        return Reserve(self.compiled.tensors, tuple(kept[layer] for layer in layers))
 
     @property
     def flops_per_token(self) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,19 +12,19 @@ from services.gpu_worker.finetune.backward import BackwardContext, GradientState
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import Examples, FinetuneJob, TrainingSequence, Window
 from services.gpu_worker.finetune.loss import LossSum, window_loss
+from services.gpu_worker.finetune.memory import JobMemory
 from services.gpu_worker.finetune.optimizer import TrainableParameters
 from services.gpu_worker.finetune.policies import LayerPolicies
-from services.gpu_worker.kernels.attention import causal_mask
+from services.gpu_worker.finetune.sequence_tensors import SequenceTensors
 from services.gpu_worker.kernels.cross_entropy import LowRankHead
 from services.gpu_worker.kernels.dropout import Dropout
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
-from services.gpu_worker.model.context import AdapterRun, Capture, PagedWindow, VirtualRows, WindowPart
+from services.gpu_worker.model.context import AdapterRun, Capture, PagedWindow, VirtualRows
 from services.gpu_worker.model.peft import EMBEDDING, HEAD, LoraConfig, Method, num_virtual_tokens
-from services.gpu_worker.model.transformer import VIRTUAL_TOKEN, Transformer
+from services.gpu_worker.model.transformer import Transformer
 
 MAX_SKIPPED_STEPS = 3  # non-finite gradients in a row before a job is given up
-MAX_CACHED_WINDOWS = 32  # of one sequence: layers are cut alike where time is no issue, and masks are large
 
 
 class TrainingDiverged(RuntimeError):
@@ -53,7 +52,8 @@ def examples_of(dataset: Dataset, method: Method) -> Examples:
 
 
 class Trainer:
-    """Owns a job's parameters and the activations of its training sequence in flight."""
+    """Owns a job's parameters and the activations of its training sequence in flight, of which those of the
+    first `num_host_layers` lie in host memory."""
 
     def __init__(
         self,
@@ -63,6 +63,7 @@ class Trainer:
         training: Dataset,
         validation: Dataset | None,
         policies: LayerPolicies,
+        num_host_layers: int = 0,
     ) -> None:
         self.job = job
         self.policies = policies
@@ -75,13 +76,13 @@ class Trainer:
         self._model, self._cache = model, cache
         self._training, self._validation = training, validation
         self._restarts = 0  # of the job, when its gradients were last dropped
+        self._num_host_layers = num_host_layers
         self._store: ActivationStore | None = None
-        self._gradients: GradientState | None = None
+        self._gradients: GradientState | None = None  # as large as the store
         self._total = LossSum.zero(model.weights.device)
-        self._sequence: TrainingSequence | None = None
+        self._tensors: SequenceTensors | None = None
         self._dropout: Dropout | None = None
-        self._tokens = self._labels = self._positions = torch.empty(0, dtype=torch.int64)
-        self._windows: dict[tuple[int, int], PagedWindow] = {}
+        self._parked: Tensor | None = None  # keys and values of the sequence in flight, from KVCache.save
 
     @property
     def method(self) -> Method:
@@ -92,15 +93,60 @@ class Trainer:
         return self._model.weights.device
 
     @property
-    def activation_bytes(self) -> int:
-        return self._store.size_bytes if self._store else 0
-
-    @property
     def store(self) -> ActivationStore:
         assert self._store is not None
         return self._store
 
+    # --- memory
+
+    @property
+    def memory(self) -> JobMemory:
+        """What the job holds now, from its tensors."""
+        store, state = self._store, self._gradients
+        return JobMemory(
+            trainable=self.parameters.weights.size_bytes,
+            gradients=self.parameters.grad.nbytes,
+            optimizer=self.parameters.optimizer_bytes,
+            activations=store.size_bytes if store else 0,
+            accumulators=state.size_bytes if state else 0,
+            windows=self._tensors.size_bytes if self._tensors else 0,
+            host_activations=store.host_bytes if store else 0,
+            host_cache=self._parked.nbytes if self._parked is not None else 0,
+        )
+
+    @property
+    def activation_bytes(self) -> int:
+        """That wait for the backward on the device."""
+        return self.memory.activations
+
+    def park(self, blocks: list[int]) -> None:
+        """Saves the sequence's keys and values, which blocks hold that are no longer the job's."""
+        self._parked = self._cache.save(blocks)
+
+    def bring_back(self) -> None:
+        """Puts what `park` saved into the job's new blocks."""
+        assert self._parked is not None
+        num_blocks = self._parked.shape[2] // self._cache.num_kv_heads
+        self._cache.restore(self.job.blocks[:num_blocks], self._parked)
+        self._parked = None
+        self._flight.forget_windows()
+
+    def move_to_host(self) -> None:
+        """Moves all kept activations to host memory, for good."""
+        self._num_host_layers = self._model.config.num_layers
+        if self._store is not None:
+            self._store.move_to_host()
+
+    def release(self) -> None:
+        """Gives up the buffers and all that they hold; the next `begin` makes new ones."""
+        self._store, self._gradients, self._tensors, self._parked = None, None, None, None
+
     # --- one training sequence
+
+    @property
+    def _flight(self) -> SequenceTensors:
+        assert self._tensors is not None
+        return self._tensors
 
     def begin(self, sequence: TrainingSequence) -> None:
         """Takes a sequence in hand; its keys and values live in the job's blocks until the next `begin`."""
@@ -108,13 +154,9 @@ class Trainer:
             self._drop_step()
         dataset = self._validation if sequence.evaluation else self._training
         assert dataset is not None
+        self._tensors = self._parked = None  # before the next sequence's are made
         extra = num_virtual_tokens(self.method)
-        examples = [_with_virtual(*dataset.example(i), extra) for i in sequence.examples]
-        self._sequence = sequence
-        self._tokens = self._to_device(np.concatenate([tokens for tokens, _ in examples]).astype(np.int64))
-        self._labels = self._to_device(np.concatenate([labels for _, labels in examples]))
-        self._positions = self._to_device(np.concatenate([np.arange(len(tokens)) for tokens, _ in examples]))
-        self._windows.clear()
+        self._tensors = SequenceTensors(sequence, dataset, extra, self._model.config, self._cache)
         self._dropout = self._make_dropout(sequence)
         if not sequence.evaluation:
             self._reserve(sequence.num_tokens)
@@ -125,34 +167,28 @@ class Trainer:
             return None
         return Dropout(config.lora_dropout, f"{config.seed}|{self.job.step}|{sequence.examples[0]}")
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
-
     def _reserve(self, num_tokens: int) -> None:
         """Buffers for a sequence's activations and gradients; they only grow."""
-        config, weights = self._model.config, self._model.weights
-        if self._store is None or self._store.capacity < num_tokens:
-            self._store = None  # before the larger one is made: both at once may not fit
-            wide, reserve = accumulation_dtype(weights.dtype), self.policies.reserve
-            self._store = ActivationStore(reserve, num_tokens, weights.dtype, wide, self.device)
-            self._dx = torch.empty(num_tokens, config.hidden_size, dtype=weights.dtype, device=self.device)
-        shape = (config.num_kv_heads, num_tokens, config.head_dim)
-        wide = accumulation_dtype(weights.dtype)
-        self._gradients = GradientState(
-            self._dx[:num_tokens],
-            torch.zeros(shape, dtype=wide, device=self.device),
-            torch.zeros(shape, dtype=wide, device=self.device),
-        )
+        if self._store is not None and self._store.capacity >= num_tokens:
+            return
+        self._store, self._gradients = None, None  # before larger ones are made: both at once may not fit
+        config, dtype = self._model.config, self._model.weights.dtype
+        wide, reserve = accumulation_dtype(dtype), self.policies.reserve
+        self._store = ActivationStore(reserve, num_tokens, dtype, wide, self.device, self._num_host_layers)
+        self._gradients = GradientState.zeros(config, num_tokens, dtype, self.device)
 
     def tokens(self, window: Window) -> Tensor:
-        return self._tokens[window.start : window.end]
+        return self._flight.tokens[window.start : window.end]
 
     def positions(self, window: Window) -> Tensor:
-        return self._positions[window.start : window.end]
+        return self._flight.positions[window.start : window.end]
+
+    def paged(self, window: Window) -> PagedWindow:
+        """Which keys the window's rows (counted from 0) read; the same for every layer."""
+        return self._flight.paged(window, self.job.blocks)
 
     def adapter_run(self, window: Window, first_row: int) -> AdapterRun:
         """The job's adapter for the window's rows, which start at `first_row` of the stream."""
-        assert self._sequence is not None
         rows = slice(first_row, first_row + window.num_tokens)
         return AdapterRun(
             rows.start,
@@ -161,7 +197,7 @@ class Trainer:
             self._dropout,
             window.start,
             self._virtual_rows(window, first_row),
-            None if self._sequence.evaluation else Capture(rows, self.store, window.start),
+            None if self._flight.sequence.evaluation else Capture(rows, self.store, window.start),
         )
 
     def _virtual_rows(self, window: Window, first_row: int) -> VirtualRows | None:
@@ -172,41 +208,16 @@ class Trainer:
         rows = (positions < extra).nonzero()[:, 0]
         return VirtualRows(rows + first_row, positions[rows])
 
-    def paged(self, window: Window) -> PagedWindow:
-        """Which keys the window's rows (counted from 0) read; the same for every layer."""
-        key = window.start, window.end
-        if key not in self._windows:
-            if len(self._windows) == MAX_CACHED_WINDOWS:
-                del self._windows[next(iter(self._windows))]
-            self._windows[key] = self._make_paged(window)
-        return self._windows[key]
-
-    def _make_paged(self, window: Window) -> PagedWindow:
-        assert self._sequence is not None
-        config = self._model.config
-        group = config.num_heads // config.num_kv_heads
-        parts = [
-            WindowPart(
-                rows=slice(a - window.start, b - window.start),
-                keys=slice(begin, b),
-                mask=causal_mask(b - a, b - begin, group, self._model.weights.dtype, self.device),
-            )
-            for begin, a, b in self._sequence.parts(window.start, window.end)
-        ]
-        num_pages = -(-window.end // self._cache.block_size)
-        return PagedWindow(self._cache.pages([self.job.blocks[:num_pages]]), parts)
-
     # --- windows
 
     def finish_forward(self, window: Window, hidden: Tensor) -> None:
         """Loss of a window that the fused forward has computed; `hidden` [n, D] are its rows."""
-        assert self._sequence is not None
-        evaluation = self._sequence.evaluation
+        evaluation = self._flight.sequence.evaluation
         d_hidden = None
         if not evaluation:
             assert self._gradients is not None
             d_hidden = self._gradients.dx[window.start : window.end]
-        labels = self._labels[window.start : window.end]
+        labels = self._flight.labels[window.start : window.end]
         denominator = 1.0 if evaluation else float(self.job.denominator)
         window_loss(self._model, hidden, labels, self._total, denominator, d_hidden, self._head())
 
@@ -222,8 +233,8 @@ class Trainer:
     @torch.no_grad()
     def backward(self, window: Window) -> None:
         """Replaces the gradient of the window's rows by that of the layer's input; adds to the parameters'."""
-        assert window.layer is not None and self._sequence is not None and self._gradients is not None
-        if window.end == self._sequence.num_tokens:
+        assert window.layer is not None and self._gradients is not None
+        if window.end == self._flight.sequence.num_tokens:
             self._gradients.begin_layer()
         tokens = slice(window.start, window.end)
         paged, state = self.paged(window), self._gradients
@@ -297,9 +308,3 @@ class Trainer:
         self._restarts = self.job.restarts
         self.parameters.grad.zero_()
         self._total = LossSum.zero(self.device)
-
-
-def _with_virtual(tokens: np.ndarray, labels: np.ndarray, extra: int) -> tuple[np.ndarray, np.ndarray]:
-    """An example behind `extra` virtual tokens, none of which predicts anything."""
-    front = np.full(extra, VIRTUAL_TOKEN, tokens.dtype), np.full(extra, -100, labels.dtype)
-    return np.concatenate([front[0], tokens]), np.concatenate([front[1], labels])

@@ -34,7 +34,7 @@ class KVCache:
 
     @property
     def size_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return self.keys.nbytes + self.values.nbytes
 
     def slots(self, blocks: list[int], offsets: list[int]) -> Tensor:
         """Where the heads of tokens at (block, offset in block) lie: int64 [N * G]."""
@@ -54,10 +54,32 @@ class KVCache:
     def clear(self, blocks: list[int]) -> None:
         """Zeroes blocks that will be read before they are full. A mask alone does not hide what an earlier
         owner left there: its weight is zero, but zero times infinity is not."""
-        rows = torch.tensor(blocks, dtype=torch.int64)[:, None] * self.num_kv_heads
-        rows = (rows + torch.arange(self.num_kv_heads, dtype=torch.int64)).flatten().to(self.device)
+        rows = self._rows(blocks)
         self.keys.index_fill_(1, rows, 0)
         self.values.index_fill_(1, rows, 0)
+
+    def _rows(self, blocks: list[int]) -> Tensor:
+        """Where the heads of blocks lie: int64 [len(blocks) * G]."""
+        rows = torch.tensor(blocks, dtype=torch.int64)[:, None] * self.num_kv_heads
+        return (rows + torch.arange(self.num_kv_heads, dtype=torch.int64)).flatten().to(self.device)
+
+    def save(self, blocks: list[int]) -> Tensor:
+        """A copy of all that blocks hold, in host memory: [2, num_layers, len(blocks) * G, block_size * E]."""
+        rows = self._rows(blocks)
+        num_layers, _, width = self.keys.shape
+        pinned = self.device.type == "cuda"
+        saved = torch.empty(2, num_layers, len(rows), width, dtype=self.keys.dtype, pin_memory=pinned)
+        for layer in range(num_layers):
+            saved[0, layer].copy_(self.keys[layer].index_select(0, rows))
+            saved[1, layer].copy_(self.values[layer].index_select(0, rows))
+        return saved
+
+    def restore(self, blocks: list[int], saved: Tensor) -> None:
+        """The inverse of `save`, into as many blocks."""
+        rows = self._rows(blocks)
+        for layer in range(self.keys.shape[0]):
+            self.keys[layer].index_copy_(0, rows, saved[0, layer].to(self.device))
+            self.values[layer].index_copy_(0, rows, saved[1, layer].to(self.device))
 
     def write(self, layer: int, slots: Tensor, k_NGE: Tensor, v_NGE: Tensor) -> None:
         self.keys[layer].view(-1, self.head_dim).index_copy_(0, slots, k_NGE.reshape(-1, self.head_dim))

@@ -36,8 +36,10 @@ class AdapterWeights:
     Values are set from a method's parameters by `load`; scalings are folded in. All are those of one rank.
     """
 
-    def __init__(self, base: ModelWeights, method: Method) -> None:
+    def __init__(self, base: ModelWeights, method: Method, device: torch.device | None = None) -> None:
+        """`device` is the base's own, or "meta" where only sizes matter."""
         check_method(method, base.config)
+        self._device = device or base.device
         self.method = method
         self.shards = ParameterShards(base, method)
         self.parameters = self.shards.own
@@ -69,8 +71,10 @@ class AdapterWeights:
 
     @property
     def size_bytes(self) -> int:
-        outside = sum(t.numel() * t.element_size() for t in self.outside.values())
-        return outside + sum(bypass.size_bytes for layer in self.layers for bypass in layer.values())
+        outside = sum(t.nbytes for t in self.outside.values())
+        lengths = sum(p.numel for p in self.parameters if p.role == "magnitude")  # those of `inverse_norms`
+        bypasses = sum(bypass.size_bytes for layer in self.layers for bypass in layer.values())
+        return outside + bypasses + lengths * accumulation_dtype(self._base.dtype).itemsize
 
     def prefix(self, layer: int) -> tuple[Tensor, Tensor]:
         """Learned keys and values of one layer, [num_virtual_tokens, G * E] each."""
@@ -94,7 +98,7 @@ class AdapterWeights:
     # --- layout
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self._base.dtype, device=self._base.device)
+        return torch.zeros(shape, dtype=self._base.dtype, device=self._device)
 
     def _stack(self) -> None:
         if not isinstance(self.method, LoraConfig):

@@ -27,6 +27,12 @@ class Transformer:
         self.max_position = max_position
         self.cos, self.sin = self._rotations(max_position)
 
+    @property
+    def size_bytes(self) -> int:
+        """Weights and the rotary embedding's tables."""
+        tables = (self.cos, self.sin, self.weights.inverse_frequencies)
+        return self.weights.size_bytes + sum(table.nbytes for table in tables)
+
     def _rotations(self, max_position: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of every position, [max_position, E] in the model's dtype."""
         positions = torch.arange(max_position, device=self.weights.device).float()

@@ -1,0 +1,94 @@
+"""The training sequence in flight on the device: its tokens, its labels, and which keys its windows read."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.gpu_worker.finetune.dataset import Dataset
+from services.gpu_worker.finetune.job import TrainingSequence, Window
+from services.gpu_worker.kernels.attention import causal_mask
+from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.context import PagedWindow, WindowPart
+from services.gpu_worker.model.transformer import VIRTUAL_TOKEN
+
+TOKEN_BYTES = 3 * 8  # its id, its label and its position
+MAX_CACHED_WINDOWS = 32
+
+
+class SequenceTensors:
+    """Of one training sequence whose examples stand behind `num_virtual_tokens` each. Labels are shifted."""
+
+    def __init__(
+        self,
+        sequence: TrainingSequence,
+        dataset: Dataset,
+        num_virtual_tokens: int,
+        config: ModelConfig,
+        cache: KVCache,
+    ) -> None:
+        examples = [_with_virtual(*dataset.example(i), num_virtual_tokens) for i in sequence.examples]
+        self.sequence = sequence
+        self._config, self._cache = config, cache
+        self.tokens = self._on_device([tokens.astype(np.int64) for tokens, _ in examples])
+        self.labels = self._on_device([labels for _, labels in examples])
+        self.positions = self._on_device([np.arange(len(tokens)) for tokens, _ in examples])
+        self._windows: dict[tuple[int, int], PagedWindow] = {}
+
+    def _on_device(self, arrays: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays)).to(self._cache.device)
+
+    @property
+    def size_bytes(self) -> int:
+        masks = sum(part.mask.nbytes for window in self._windows.values() for part in window.parts)
+        pages = sum(window.pages.nbytes for window in self._windows.values())
+        return self.tokens.nbytes + self.labels.nbytes + self.positions.nbytes + masks + pages
+
+    def paged(self, window: Window, blocks: list[int]) -> PagedWindow:
+        """Which keys the window's rows (counted from 0) read; the same for every layer.
+
+        Kept for the layers to come, which are cut alike where time is no issue. Masks are large: no more of
+        them are kept than a sequence that is cut once has.
+        """
+        key = window.start, window.end
+        if key not in self._windows:
+            while self._windows and not self._has_room(window.num_tokens):
+                del self._windows[next(iter(self._windows))]
+            self._windows[key] = self._make_paged(window, blocks)
+        return self._windows[key]
+
+    def _has_room(self, num_rows: int) -> bool:
+        held = sum(end - start for start, end in self._windows)
+        return len(self._windows) < MAX_CACHED_WINDOWS and held + num_rows <= len(self.tokens)
+
+    def forget_windows(self) -> None:
+        """After the sequence has moved to other blocks."""
+        self._windows.clear()
+
+    def _make_paged(self, window: Window, blocks: list[int]) -> PagedWindow:
+        group = self._config.num_heads // self._config.num_kv_heads
+        dtype, device = self._cache.keys.dtype, self._cache.device
+        parts = [
+            WindowPart(
+                rows=slice(a - window.start, b - window.start),
+                keys=slice(begin, b),
+                mask=causal_mask(b - a, b - begin, group, dtype, device),
+            )
+            for begin, a, b in self.sequence.parts(window.start, window.end)
+        ]
+        num_pages = -(-window.end // self._cache.block_size)
+        return PagedWindow(self._cache.pages([blocks[:num_pages]]), parts)
+
+
+def window_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int, longest_example: int) -> int:
+    """The most that the tensors of a sequence come to, its block tables aside."""
+    group = config.num_heads // config.num_kv_heads
+    return num_tokens * (TOKEN_BYTES + group * min(longest_example, num_tokens) * dtype.itemsize)
+
+
+def _with_virtual(tokens: np.ndarray, labels: np.ndarray, extra: int) -> tuple[np.ndarray, np.ndarray]:
+    """An example behind `extra` virtual tokens, none of which predicts anything."""
+    front = np.full(extra, VIRTUAL_TOKEN, tokens.dtype), np.full(extra, -100, labels.dtype)
+    return np.concatenate([front[0], tokens]), np.concatenate([front[1], labels])
