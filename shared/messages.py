@@ -111,6 +111,9 @@ class WorkerStatus(Message):
     waiting: int = 0
     free_blocks: int = 0
     total_blocks: int = 0
+    memory_bytes: dict[str, int] = Field(default_factory=dict)  # of the device, by owner
+    host_memory_bytes: dict[str, int] = Field(default_factory=dict)  # moved out of the device's memory
+    memory_limit_bytes: int = 0  # all that the device has
     training_jobs: tuple[str, ...] = ()
     finetune_tokens_per_s: float = 0.0  # tokens whose forward and backward are done
     inference_tokens_per_s: float = 0.0

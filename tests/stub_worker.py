@@ -47,6 +47,7 @@ class StubWorker:
     step_s: float = 0.0
     fail_with: str | None = None  # each request ends with this error ...
     fail_after: int = 0  # ... after so many tokens
+    memory_bytes: dict[str, int] = field(default_factory=dict)
     running: dict[str, Running] = field(default_factory=dict)
     results: list[str] = field(default_factory=list)
 
@@ -113,7 +114,12 @@ class StubWorker:
         return RequestMeta(cached_tokens=1, prompt_logprobs=(None, *rest))
 
     def beat(self) -> None:
-        status = WorkerStatus(worker_id=self.worker_id, running=len(self.running))
+        status = WorkerStatus(
+            worker_id=self.worker_id,
+            running=len(self.running),
+            memory_bytes=self.memory_bytes,
+            memory_limit_bytes=1000,
+        )
         for rid in self.queue.beat([r.claimed for r in self.running.values()], status):
             self.running.pop(rid, None)
         self.next_beat = time.monotonic() + self.settings.beat_s

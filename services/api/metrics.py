@@ -1,14 +1,16 @@
-"""Prometheus figures of one process; no label names a tenant."""
+"""Prometheus figures of one process, and of the workers as they report themselves; no label names a tenant."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.api.auth import PUBLIC
+from shared.messages import WorkerStatus
 
 log = structlog.get_logger()
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -44,6 +46,29 @@ class Metrics:
         self.in_flight = Gauge(
             "flexllm_sequences_in_flight", "Sequences enqueued and not over", registry=self.registry
         )
+
+        self.memory_bytes = Gauge(
+            "flexllm_memory_bytes",
+            "What a worker's tensors hold, on its device or moved to its host's memory",
+            ["worker", "place", "owner"],
+            registry=self.registry,
+        )
+        self.memory_limit_bytes = Gauge(
+            "flexllm_memory_limit_bytes",
+            "All memory of a worker's device",
+            ["worker"],
+            registry=self.registry,
+        )
+
+    def set_memory(self, workers: Iterable[WorkerStatus]) -> None:
+        """As the workers reported it; of one that reports no more nothing is left."""
+        self.memory_bytes.clear()
+        self.memory_limit_bytes.clear()
+        for worker in workers:
+            self.memory_limit_bytes.labels(worker.worker_id).set(worker.memory_limit_bytes)
+            for place, owners in (("device", worker.memory_bytes), ("host", worker.host_memory_bytes)):
+                for owner, num_bytes in owners.items():
+                    self.memory_bytes.labels(worker.worker_id, place, owner).set(num_bytes)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -130,7 +130,7 @@ class Worker:
             return
         self._beat_s = now
         inference, finetune = self._meter.rates()
-        scheduler = self._engine.scheduler
+        scheduler, memory = self._engine.scheduler, self._engine.memory()
         self._inference.beat(
             WorkerStatus(
                 worker_id=self.worker_id,
@@ -141,6 +141,9 @@ class Worker:
                 waiting=len(scheduler.waiting),
                 free_blocks=scheduler.blocks.num_free_blocks,
                 total_blocks=scheduler.blocks.num_blocks,
+                memory_bytes=memory.device,
+                host_memory_bytes=memory.host,
+                memory_limit_bytes=memory.limit,
                 training_jobs=self._training.job_ids,
                 finetune_tokens_per_s=finetune,
                 inference_tokens_per_s=inference,
@@ -164,7 +167,9 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_lora_rank=settings.max_lora_rank,
         max_finetune_jobs=settings.max_finetune_jobs,
         finetune_tokens_in_flight=settings.finetune_tokens_in_flight,
+        finetune_bytes=settings.finetune_bytes,
         activation_bytes=settings.activation_bytes,
+        offload_activations=settings.offload_activations,
         tpot_slo_ms=settings.tpot_slo_ms,
         ttft_slo_ms=settings.ttft_slo_ms,
         scheduler=SchedulerConfig(

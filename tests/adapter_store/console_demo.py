@@ -37,6 +37,18 @@ def report(settings: Settings, seeded: Seeded) -> None:
         training_jobs=tuple(lease.job_id for lease, _ in seeded.running),
         finetune_tokens_per_s=2960 - 610 * wave + 60 * math.sin(time.time()),
         inference_tokens_per_s=1730 + 640 * wave + 90 * math.sin(time.time() * 1.7),
+        memory_bytes={
+            "weights": 16 << 30,
+            "kv_cache": 36 << 30,
+            "adapters": 1 << 30,
+            "trainable": 160 << 20,
+            "gradients": 320 << 20,
+            "optimizer": 960 << 20,
+            "activations": round((9 + wave) * 2**30),
+            "accumulators": 160 << 20,
+            "windows": 96 << 20,
+        },
+        memory_limit_bytes=80 << 30,
     )
     with open_redis(settings.redis_url) as client:
         InferenceWorkerQueue(client, settings, WORKER).beat([], status)

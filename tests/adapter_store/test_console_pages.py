@@ -54,6 +54,11 @@ async def test_the_overview_tells_what_runs(operator: Operator, seeded: Seeded, 
                 progress_age_s=age_s,
                 free_blocks=25,
                 total_blocks=100,
+                memory_bytes={"weights": 3 << 30, "kv_cache": 2 << 30, "activations": 512 << 20},
+                host_memory_bytes={"activations": 128 << 20, "kv_cache": 0},
+                memory_limit_bytes=8 << 30
+                if worker_id == "worker-a"
+                else 0,  # the other is of an older version
                 running=3,
                 training_jobs=(job_id,),
                 finetune_tokens_per_s=1200,
@@ -63,6 +68,10 @@ async def test_the_overview_tells_what_runs(operator: Operator, seeded: Seeded, 
     text = await operator.read("/")
     for words in ("1.6k", "2.4k", "75 %", "150 of 200 blocks", "Healthy", "Stalled", "returns-agent", "4"):
         assert words in text, words
+    for words in ("5.5 GiB", "of 8.0 GiB", "3.0 GiB", "512.0 MiB", "128.0 MiB", "Activations"):
+        assert words in text, words
+    assert 'class="owner owner-kv_cache" x="37.500" width="25.000"' in text
+    assert text.count('<span class="shares">') == 1
     assert "acme/support-bot" in text and "New fine-tuned model created" not in text.split("Events")[0]
     now = (await operator.get("/fleet.json")).json()
     assert now == {"inference_tokens_per_s": 1600, "finetune_tokens_per_s": 2400, "num_workers": 2}

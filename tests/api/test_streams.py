@@ -183,6 +183,21 @@ def test_figures_count_what_was_served(api: Api) -> None:
     assert float(lines[f"flexllm_requests_total{route}"]) == 1
 
 
+def test_the_memory_of_workers_is_told_by_owner(idle_api: Api, make_worker: MakeWorker) -> None:
+    worker = make_worker()
+    with idle_api.http(org=None) as http:
+        assert "flexllm_memory_bytes{" not in http.get("/metrics").text
+        worker.memory_bytes = {"weights": 300, "activations": 40}
+        worker.beat()
+        name = f'worker="{worker.worker_id}"'
+        wanted = {
+            f'flexllm_memory_bytes{{owner="weights",place="device",{name}}} 300.0',
+            f'flexllm_memory_bytes{{owner="activations",place="device",{name}}} 40.0',
+            f"flexllm_memory_limit_bytes{{{name}}} 1000.0",
+        }
+        assert eventually(lambda: wanted <= set(http.get("/metrics").text.splitlines()))
+
+
 def test_no_prompt_and_no_key_is_logged(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     secret = "tell-nobody-4711"
     api.openai().chat.completions.create(model="tiny", messages=[{"role": "user", "content": secret}])

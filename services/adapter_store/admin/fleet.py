@@ -12,6 +12,17 @@ from shared.messages import WorkerStatus
 from shared.queue import InferenceClient, QueueUnavailable
 
 STALLED_AFTER_S = 30.0
+OWNERS = {  # of a worker's memory: those that serve, then those that train
+    "weights": "Weights",
+    "kv_cache": "KV cache",
+    "adapters": "Adapters",
+    "trainable": "In training",
+    "gradients": "Gradients",
+    "optimizer": "Optimizer",
+    "activations": "Activations",
+    "accumulators": "In flight",
+    "windows": "Windows",
+}
 log = structlog.get_logger()
 
 
@@ -45,6 +56,30 @@ class Fleet:
     @property
     def used_blocks(self) -> int:
         return self.total_blocks - sum(worker.free_blocks for worker in self.workers)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One owner's part of a device's memory; `start` and `width` in percent of all there is."""
+
+    owner: str
+    label: str
+    num_bytes: int
+    start: float
+    width: float
+
+
+def memory_shares(worker: WorkerStatus) -> list[Share]:
+    """Side by side, in the order of `OWNERS`; nothing where the worker does not report its memory."""
+    if not worker.memory_limit_bytes:
+        return []
+    shares, start = [], 0.0
+    for owner, label in OWNERS.items():
+        num_bytes = worker.memory_bytes.get(owner, 0)
+        width = 100 * num_bytes / worker.memory_limit_bytes
+        shares.append(Share(owner, label, num_bytes, start, width))
+        start += width
+    return shares
 
 
 def state_of(worker: WorkerStatus) -> str:

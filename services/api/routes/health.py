@@ -31,6 +31,11 @@ async def readyz(state: StateDep) -> JSONResponse:
 
 @router.api_route("/metrics", methods=["GET", "HEAD"])
 async def metrics(state: StateDep) -> Response:
+    """Figures of workers are missing while Redis does not answer."""
+    try:
+        state.metrics.set_memory(await state.live_workers())
+    except QueueUnavailable:
+        state.metrics.set_memory([])
     return Response(state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
