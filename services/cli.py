@@ -28,6 +28,7 @@ from services.bucket import create_bucket
 from services.console import StartDisplay, key_lines, overview
 from services.errors import OperatorError
 from services.model_pull import DEFAULT_MODEL, pull_model
+from services.plan_command import plan
 from services.stack import (
     DEV_TENANT,
     Options,
@@ -55,6 +56,7 @@ keys = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
 models = typer.Typer(no_args_is_help=True, help="Base models on this machine.")
 app.add_typer(keys, name="keys")
 app.add_typer(models, name="models")
+app.command()(plan)
 console = Console(highlight=False)
 
 StateDir = Annotated[Path, typer.Option("--state-dir", help="Where everything is kept.")]

@@ -51,6 +51,16 @@ def policies(joint: JointGraph, keepable: frozenset[str], bytes_of: Mapping[Node
     return found
 
 
+def policy_keeping(joint: JointGraph, labels: frozenset[str], bytes_of: Mapping[Node, float]) -> Policy:
+    """The policy that keeps what the backward reads of these labels."""
+    return _policy(joint, {node for node in joint.forward if node.meta.get("label") in labels}, bytes_of)
+
+
+def kept_nodes(joint: JointGraph, policy: Policy) -> set[Node]:
+    """The tensors that a policy keeps, in a graph of the method that it was made for."""
+    return {node for node in joint.forward if node.meta.get("label") in policy.kept}
+
+
 def _policy(joint: JointGraph, kept: set[Node], bytes_of: Mapping[Node, float]) -> Policy:
     x = next(node for node in joint.forward if node.meta.get("label") == "x")
     loaded = loads(joint, kept)

@@ -42,3 +42,10 @@ class Sizes:
             "down": config.hidden_size,
         }
         return float(known[str(weight.args[1])])
+
+    def in_features(self, weight: Any) -> float:
+        """Of a node that fetches a weight of the backbone."""
+        assert isinstance(weight, Node)
+        config = self.config
+        known = {"o": config.q_size, "down": config.intermediate_size}
+        return float(known.get(str(weight.args[1]), config.hidden_size))
