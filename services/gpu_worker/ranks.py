@@ -110,8 +110,9 @@ class Followers:
         if self._ending.is_set():
             return
         self._ending.set()
+        ended = wait([process.sentinel for process in self.processes], 0)
         for process in self.processes:
-            if not process.is_alive():
+            if process.sentinel in ended:
                 log.error("rank_died", rank=process.name, exit_code=process.exitcode)
 
 

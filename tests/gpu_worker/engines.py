@@ -14,10 +14,29 @@ from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.parameters import parameters
-from services.gpu_worker.model.peft import LoraConfig, Method
+from services.gpu_worker.model.peft import (
+    BottleneckConfig,
+    Ia3Config,
+    LoraConfig,
+    Method,
+    PrefixConfig,
+    PromptConfig,
+)
 from services.gpu_worker.model.peft_files import write_peft
 
 Files = dict[str, bytes]
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+METHODS: dict[str, Method] = {
+    "lora": LoraConfig(4, 6.0, TARGETS),
+    "dora": LoraConfig(4, 6.0, TARGETS, dora=True),
+    "lora-vocabulary": LoraConfig(4, 6.0, ("q_proj", "embed_tokens", "lm_head")),
+    "ia3": Ia3Config(TARGETS, ("o_proj", "down_proj")),
+    "ia3-outputs": Ia3Config(TARGETS, ()),
+    "serial": BottleneckConfig(6, TARGETS, "gelu", 0.7),
+    "parallel": BottleneckConfig(6, TARGETS, "silu", 1.5, parallel=True),
+    "prefix": PrefixConfig(5),
+    "prompt": PromptConfig(5),
+}
 
 
 @dataclass(slots=True)
@@ -42,8 +61,15 @@ class Output:
 def make_engine(
     folder: Path, *, num_blocks: int = 256, scheduler: dict[str, Any] | None = None, **config: Any
 ) -> Engine:
-    """Float32 on one thread, blocks of 4 tokens; `scheduler` and `config` override their dataclasses' fields."""
+    """On one thread; the rest as `make_config` has it."""
     torch.set_num_threads(1)
+    return Engine(make_config(folder, num_blocks=num_blocks, scheduler=scheduler, **config))
+
+
+def make_config(
+    folder: Path, *, num_blocks: int = 256, scheduler: dict[str, Any] | None = None, **config: Any
+) -> EngineConfig:
+    """Float32, blocks of 4 tokens; `scheduler` and `config` override their dataclasses' fields."""
     model = ModelConfig.from_folder(folder)
     block_size = config.pop("block_size", 4)
     limits = {"max_model_len": 256, "max_num_batched_tokens": 64, "finetune_window": 32, "idle_ms": 1000.0}
@@ -58,7 +84,7 @@ def make_engine(
         "ttft_slo_ms": 10_000.0,
         "scheduler": SchedulerConfig(**{**limits, **(scheduler or {})}),
     }
-    return Engine(EngineConfig(**{**settings, **config}))
+    return EngineConfig(**{**settings, **config})
 
 
 def prompt_of(engine: Engine, length: int, seed: int = 0) -> list[int]:
