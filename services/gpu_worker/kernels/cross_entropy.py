@@ -1,7 +1,7 @@
 """Linear + softmax cross-entropy over chunks of rows and of the vocabulary: full logits never exist.
 
 At most `max_logits` logits exist at a time, in the model's dtype and in float32 at once: 96 MiB by default for
-a bfloat16 model, 128 MiB for a float32 one. Where a few rows of the whole vocabulary fit, each logit is
+a bfloat16 model, 64 MiB for a float32 one. Where a few rows of the whole vocabulary fit, each logit is
 computed once; otherwise the vocabulary is cut and the second pass, for the gradient, computes them again.
 """
 
@@ -109,6 +109,7 @@ class _Rows:
             total = total * (largest - risen).exp() + exps.sum(-1, keepdim=True)
             largest = risen
             self._only = exps if logits.shape[1] == self.head.out_features else None
+            del logits, exps  # or they would be there beside the next piece
         self.lse = largest + total.log()
         self._total = total
         self.loss = (self.lse - at_label).sum()
@@ -132,6 +133,7 @@ class _Rows:
                 d_low += grad @ self.low_rank.b[tokens]
                 assert self.low_rank.grad_b is not None
                 self.low_rank.grad_b[tokens].add_(grad.T @ self.low, alpha=self.low_rank.scale)
+            del grad
         if self.low_rank is not None and d_low is not None:
             assert self.low_rank.grad_a is not None
             self.low_rank.grad_a.add_(d_low.T @ self.x)
