@@ -31,7 +31,7 @@ from shared.telemetry import configure_logs
 
 log = structlog.get_logger()
 END_S = 30.0  # for the other ranks to end when they are told to
-DYING_S = 1.0  # from a rank's closed sockets to its end
+DYING_S = 1.0  # from a rank's closed pipes and sockets to its end
 
 
 @contextmanager
@@ -113,6 +113,7 @@ class Followers:
         ended = wait([process.sentinel for process in self.processes], 0)
         for process in self.processes:
             if process.sentinel in ended:
+                process.join(DYING_S)
                 log.error("rank_died", rank=process.name, exit_code=process.exitcode)
 
 

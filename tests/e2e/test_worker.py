@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from signal import SIGKILL, SIGTERM
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 from transformers import AutoModelForCausalLM
 
+from services import child
 from services.adapter_store import tasks
 from shared.config import Settings
 from shared.db import SessionFactory
@@ -227,6 +230,42 @@ async def test_a_job_is_trained_published_and_served_while_others_are_served(
     tokens = await collect(client, adapted)
     assert tokens == likeliest_in_peft(settings, adapted, tokens, folder)
     assert tokens != reference(settings, adapted)
+
+
+async def test_a_worker_of_two_ranks_serves_and_trains_and_ends_with_any_of_them(
+    settings: Settings,
+    processes: Processes,
+    client: InferenceClient,
+    session_factory: SessionFactory,
+    engine: AsyncEngine,
+    object_store: ObjectStore,
+    tmp_path: Path,
+) -> None:
+    shared = Processes(settings.model_copy(update={"tensor_parallel": 2}), tmp_path)
+    try:
+        worker = shared.start(WORKER)
+        tenant_id, job_id = await make_training_job(settings, session_factory, engine, object_store)
+        requests = [make_request(settings, i) for i in range(4)]
+        outputs = await asyncio.gather(*(collect(client, request) for request in requests))
+        assert outputs == [reference(settings, request) for request in requests]
+        await until_status(session_factory, tenant_id, job_id, "succeeded")
+        child.stop(worker, SIGTERM, 30)
+        assert worker.returncode == 0
+
+        worker = shared.start(WORKER)
+        wait_until(lambda: shared.log(WORKER).count('"worker_ready"') == 2, "the second worker")
+        os.kill(rank_of(worker.pid), SIGKILL)
+        assert worker.wait(30) == 1
+        assert shared.log(WORKER).count('"rank_died"') == 1
+    finally:
+        shared.stop()
+
+
+def rank_of(worker: int) -> int:
+    """The process of rank 1: beside it the worker has one that watches what they share."""
+    children = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
+    (rank,) = (pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return int(rank)
 
 
 async def test_a_killed_worker_loses_no_token_and_its_job_resumes_from_the_last_checkpoint(
