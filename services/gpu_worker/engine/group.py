@@ -2,7 +2,8 @@
 
 A scheduler's decisions follow from its calls, the time, the tokens drawn and what iterations took. So rank 0 tells
 each call with its time before it is made, and after each iteration its tokens and timings; whatever else a rank
-needs, it computes. Every rank then has the same requests, jobs and blocks, and forms the same batches.
+needs, it computes. Every rank then has the same requests, jobs and blocks, and forms the same batches. That they
+do is checked before each batch, for ranks that compute different ones would wait for each other's tensors.
 
 These messages are Python objects and go over pipes between processes of our own making, never over a port.
 """
@@ -13,13 +14,16 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from services.gpu_worker.engine.batch import Batch, Timing
 from services.gpu_worker.engine.engine import Engine, EngineConfig, StepResult
 from services.gpu_worker.engine.model_runner import RunResult
-from services.gpu_worker.finetune.job import FinetuneJob
+from services.gpu_worker.finetune.job import FinetuneJob, Window
 from services.gpu_worker.model.parallel import Group
+
+MessageT = TypeVar("MessageT")
+CLOSE = "close"
 
 
 class OutOfStep(RuntimeError):
@@ -38,6 +42,23 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """Who computes what in an iteration."""
+
+    chunks: list[tuple[str, int, int]]  # request, first token, number of tokens
+    windows: list[tuple[str, Window]]  # job
+    optimizer_steps: list[str]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Plan:
+        return cls(
+            [(chunk.sequence.request_id, chunk.start, chunk.num_tokens) for chunk in batch.chunks],
+            [(work.job.job_id, work.window) for work in batch.forwards + batch.backwards],
+            [job.job_id for job in batch.optimizer_steps],
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Iteration:
     """What rank 0 found in one: tokens by request, jobs that failed, its timing, and the time afterwards."""
 
@@ -53,12 +74,16 @@ class Channel:
     def __init__(self, *pipes: Connection) -> None:
         self._pipes = pipes
 
-    def send(self, message: Call | Iteration | None) -> None:
+    def send(self, message: Call | Plan | Iteration) -> None:
         for pipe in self._pipes:
             pipe.send(message)
 
-    def receive(self) -> Any:
-        return self._pipes[0].recv()
+    def receive(self, kind: type[MessageT]) -> MessageT:
+        """Raises OutOfStep where rank 0 has sent another kind of message, and EOFError where it has ended."""
+        message = self._pipes[0].recv()
+        if not isinstance(message, kind):
+            raise OutOfStep(f"a {kind.__name__} was due, but rank 0 sent {message}")
+        return message
 
 
 class GroupEngine(Engine):
@@ -72,15 +97,15 @@ class GroupEngine(Engine):
         super().__init__(config, group)
 
     def follow(self) -> None:
-        """Makes rank 0's calls until it closes. Raises OutOfStep, and EOFError where rank 0 ended without a word."""
-        while (call := self._channel.receive()) is not None:
+        """Makes rank 0's calls until it closes. Raises as Channel.receive does."""
+        while (call := self._channel.receive(Call)).name != CLOSE:
             if call.refusal != self._refusal:
                 raise OutOfStep(f"rank {self.group.rank}: {self._refusal} where rank 0 had {call.refusal}")
             with suppress(ValueError):
                 self._make(call)
 
     def close(self) -> None:
-        self._channel.send(None)
+        self._channel.send(self._call(CLOSE))
 
     # --- calls that change an engine
 
@@ -115,9 +140,12 @@ class GroupEngine(Engine):
     def _together(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if self._calling:  # from within another call, which every rank is in
             return getattr(Engine, name)(self, *args, **kwargs)
-        call = Call(name, args, kwargs, time.monotonic(), self._refusal)
+        call = self._call(name, *args, **kwargs)
         self._channel.send(call)
         return self._make(call)
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Call:
+        return Call(name, args, kwargs, time.monotonic(), self._refusal)
 
     def _make(self, call: Call) -> Any:
         self._time_s, self._calling, self._refusal = call.now_s, True, None
@@ -135,6 +163,7 @@ class GroupEngine(Engine):
         return self._time_s
 
     def _run(self, batch: Batch) -> RunResult:
+        self._agree_on(Plan.of(batch))
         result = super()._run(batch)
         found = Iteration(
             [(item.sequence.request_id, item.token) for item in result.sampled],
@@ -149,9 +178,17 @@ class GroupEngine(Engine):
         self._time_s = found.now_s
         return result
 
+    def _agree_on(self, plan: Plan) -> None:
+        if self.group.rank == 0:
+            self._channel.send(plan)
+            return
+        first = self._channel.receive(Plan)
+        if plan != first:
+            raise OutOfStep(f"rank {self.group.rank} would compute {plan} where rank 0 computes {first}")
+
     def _take_over(self, own: Iteration, result: RunResult) -> Iteration:
         """Rank 0's tokens and timing in the place of this rank's, which rounding may have made different."""
-        first: Iteration = self._channel.receive()
+        first = self._channel.receive(Iteration)
         requests = [[request_id for request_id, _ in found.tokens] for found in (own, first)]
         if requests[0] != requests[1] or own.failed != first.failed:
             raise OutOfStep(f"rank {self.group.rank} computed {own} where rank 0 computed {first}")
