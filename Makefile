@@ -4,7 +4,7 @@ PYTEST_WORKERS ?= 2
 RUN := .venv/bin/python
 INSTALLED := .venv/.flexllm-installed
 
-.PHONY: demo up test lint format settings-table bench-peers bench-memory bench-quantised clean
+.PHONY: demo up test lint format settings-table docs-plans bench-peers bench-memory bench-quantised clean
 
 demo: $(INSTALLED)
 	.venv/bin/flexllm demo
@@ -27,6 +27,9 @@ format: $(INSTALLED)
 
 settings-table: $(INSTALLED)
 	$(RUN) scripts/settings_table.py
+
+docs-plans: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(RUN) scripts/plans.py
 
 bench-peers: $(INSTALLED)
 	$(RUN) -m benchmarks.peers

@@ -201,12 +201,12 @@ def _sequence_rows(memory: MemoryPlan) -> list[tuple[str, str, int]]:
     return [
         ("activations", "kept from forward to backward", memory.activation_bytes),
         ("keys and values", f"{memory.kv_bytes_per_token:,} bytes a token, in the cache", memory.kv_bytes),
-        ("gradient of the residual stream", "one for all layers", sequence.residual_gradient),
-        ("gradients of keys and values", "float32, one layer's at a time", sequence.kv_gradients),
-        ("causal masks", "of all windows", sequence.masks),
-        ("forward window", "one layer", window.forward),
-        ("backward window", "one layer", window.backward),
-        ("loss of a window", "logits in pieces", window.loss),
+        ("gradient of the residual stream", "one for all layers", sequence.residual_gradient_bytes),
+        ("gradients of keys and values", "float32, one layer's at a time", sequence.kv_gradient_bytes),
+        ("causal masks", "of all windows", sequence.mask_bytes),
+        ("forward window", "one layer", window.forward_bytes),
+        ("backward window", "one layer", window.backward_bytes),
+        ("loss of a window", "logits in pieces", window.loss_bytes),
         ("sequence at its peak", "with the largest of the three", memory.peak_bytes),
     ]
 

@@ -58,26 +58,26 @@ FORMS: dict[Form, MakeLinear] = {
 class WindowBytes:
     """The most that is alive at once while a window is computed, beyond what was there before and what is kept."""
 
-    forward: int  # one layer
-    backward: int  # one layer, the gathered keys and values included
-    loss: int
+    forward_bytes: int  # one layer
+    backward_bytes: int  # one layer, the gathered keys and values included
+    loss_bytes: int
 
     @property
     def peak(self) -> int:
-        return max(self.forward, self.backward, self.loss)
+        return max(self.forward_bytes, self.backward_bytes, self.loss_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceBytes:
     """What a training sequence holds beside its activations and its keys and values."""
 
-    residual_gradient: int
-    kv_gradients: int  # of one layer at a time, float32
-    masks: int  # of the windows that it is cut into
+    residual_gradient_bytes: int
+    kv_gradient_bytes: int  # of one layer at a time, float32
+    mask_bytes: int  # of the windows that it is cut into
 
     @property
     def total(self) -> int:
-        return self.residual_gradient + self.kv_gradients + self.masks
+        return self.residual_gradient_bytes + self.kv_gradient_bytes + self.mask_bytes
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, form: Form) -> int:

@@ -224,8 +224,8 @@ def test_the_buffers_of_a_job_are_as_large_as_planned(folder: Path, name: str, b
     assert trainer.parameters.size_bytes == adapter.total_bytes
     assert trainer.parameters.flat.numel() == adapter.num_parameters
     assert trainer._gradients is not None
-    assert trainer._gradients.dx.nbytes == memory.sequence.residual_gradient
-    assert trainer._gradients.dk.nbytes + trainer._gradients.dv.nbytes == memory.sequence.kv_gradients
+    assert trainer._gradients.dx.nbytes == memory.sequence.residual_gradient_bytes
+    assert trainer._gradients.dk.nbytes + trainer._gradients.dv.nbytes == memory.sequence.kv_gradient_bytes
     kept = [tensor for tensor in planner.tensors() if tensor.state is TensorState.KEPT]
     sizes = sum(tensor.bytes_per_token * tensor.kept_in_layers for tensor in kept)
     assert sizes * NUM_TOKENS == trainer.activation_bytes
@@ -260,9 +260,9 @@ def test_a_window_holds_at_its_peak_what_a_dry_run_says(folder: Path, name: str)
                 trainer.backward(window)
             held.append(live.peak)
         job.complete(window)
-    assert max(held) == pytest.approx(predicted.window.backward, rel=0.02)
+    assert max(held) == pytest.approx(predicted.window.backward_bytes, rel=0.02)
     masks = [part.mask for paged in trainer._flight._windows.values() for part in paged.parts]
-    assert sum(mask.nbytes for mask in masks) == predicted.sequence.masks
+    assert sum(mask.nbytes for mask in masks) == predicted.sequence.mask_bytes
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
@@ -296,7 +296,7 @@ def test_nothing_is_kept_where_the_layers_are_not_trained(folder: Path) -> None:
     planner = make_planner(folder, METHODS["lora-head"])
     memory = planner.memory(planner.policies)
     assert planner.policy_plans() == []
-    assert memory.activation_bytes == memory.window.backward == planner.operations().after_pruning == 0
+    assert memory.activation_bytes == memory.window.backward_bytes == planner.operations().after_pruning == 0
     states = {tensor.state for tensor in planner.tensors()}
     assert states == {TensorState.PRUNED, TensorState.IN_CACHE, TensorState.COMPRESSED}
 
