@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -65,6 +66,7 @@ class Followers:
 
     processes: list[SpawnProcess]
     pipes: list[Connection]
+    folder: Path  # where the ranks meet
     _ending: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -80,7 +82,7 @@ class Followers:
             theirs.close()
             processes.append(process)
             pipes.append(ours)
-        followers = cls(processes, pipes)
+        followers = cls(processes, pipes, folder)
         threading.Thread(target=followers._watch, name="ranks", daemon=True).start()
         return followers
 
@@ -104,6 +106,7 @@ class Followers:
         wait([process.sentinel for process in self.processes])
         if not self._ending.is_set():
             self._report()
+            shutil.rmtree(self.folder, ignore_errors=True)
             os._exit(1)  # the main thread may wait for the dead rank's tensors for ever
 
     def _report(self) -> None:
