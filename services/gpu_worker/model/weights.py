@@ -98,7 +98,7 @@ def load_weights(
         if name not in files:
             raise UnsupportedModel(f"{folder}: no tensor {name!r} in the checkpoint")
         tensor = read_shard(handles[files[name]], name, config, group.rank, group.size)
-        return tensor.to(device=device, dtype=dtype)
+        return tensor.to(device=device, dtype=dtype, copy=True)  # else it keeps the whole file mapped
 
     return build_weights(config, fetch, make, group)
 
