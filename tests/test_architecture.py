@@ -21,6 +21,8 @@ ENGINE_LIBRARIES = {"torch", "triton", "numpy", "safetensors", "transformers"}
 TENSORLESS = (  # files that decide without tensors
     "engine/scheduler.py",
     "engine/block_manager.py",
+    "engine/job_blocks.py",
+    "engine/pressure.py",
     "engine/batch.py",
     "engine/latency.py",
     "finetune/job.py",

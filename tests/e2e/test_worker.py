@@ -261,6 +261,33 @@ async def test_a_worker_of_two_ranks_serves_and_trains_and_ends_with_any_of_them
         shared.stop()
 
 
+async def test_a_job_that_does_not_fit_beside_another_waits_in_the_queue(
+    settings: Settings,
+    processes: Processes,
+    client: InferenceClient,
+    session_factory: SessionFactory,
+    engine: AsyncEngine,
+    object_store: ObjectStore,
+    tmp_path: Path,
+) -> None:
+    tight = Processes(settings.model_copy(update={"finetune_bytes": 300_000}), tmp_path)
+    try:
+        tight.start(WORKER)
+        made = [
+            await make_training_job(settings, session_factory, engine, object_store, epochs=10)
+            for _ in range(2)
+        ]
+        await until_status(session_factory, *made[0], "running")
+        (worker,) = await client.workers()
+        assert worker.memory_bytes["weights"] > 0 and worker.memory_bytes["kv_cache"] == 8 << 20
+        assert sum(worker.memory_bytes.values()) < worker.memory_limit_bytes
+        for tenant_id, job_id in made:
+            await until_status(session_factory, tenant_id, job_id, "succeeded")
+        assert tight.log(WORKER).count('"job_handed_back"') == 1
+    finally:
+        tight.stop()
+
+
 def rank_of(worker: int) -> int:
     """The process of rank 1: beside it the worker has one that watches what they share."""
     children = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()

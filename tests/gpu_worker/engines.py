@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from services.gpu_worker.engine.engine import Engine, EngineConfig, JobEvent, TokenEvent
+from services.gpu_worker.engine.latency import Curve, LatencyModel
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
 from services.gpu_worker.model.config import ModelConfig
@@ -64,6 +65,14 @@ def make_engine(
     """On one thread; the rest as `make_config` has it."""
     torch.set_num_threads(1)
     return Engine(make_config(folder, num_blocks=num_blocks, scheduler=scheduler, **config))
+
+
+def make_timeless_engine(folder: Path, **options: Any) -> Engine:
+    """Nothing takes time, so that windows are cut by their largest size alone, in every run the same."""
+    engine = make_engine(folder, **options)
+    nothing = Curve([0, 1], [0.0, 0.0])
+    engine.scheduler.latency = LatencyModel(nothing, nothing, nothing, 0.0)
+    return engine
 
 
 def make_config(

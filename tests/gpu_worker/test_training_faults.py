@@ -11,13 +11,12 @@ import torch
 
 from services.gpu_worker.compiler.programs import KeptTensor
 from services.gpu_worker.engine.engine import Engine, JobEvent
-from services.gpu_worker.engine.latency import Curve, LatencyModel
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig, Phase
 from services.gpu_worker.finetune.trainer import TrainingDiverged
 from services.gpu_worker.model.peft import LoraConfig
 from tests.builders import make_tiny_model
-from tests.gpu_worker.engines import generate, make_engine, prompt_of, run
+from tests.gpu_worker.engines import generate, make_engine, make_timeless_engine, prompt_of, run
 from tests.gpu_worker.training import make_dataset
 
 LORA = LoraConfig(4, 8.0, ("q_proj", "v_proj", "gate_proj", "down_proj"))
@@ -28,14 +27,6 @@ JOB = JobConfig(n_epochs=4, batch_size=2, learning_rate=0.01, seed=5)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", tied=False)
-
-
-def make_timeless_engine(folder: Path, **options: Any) -> Engine:
-    """Nothing takes time, so that windows are cut by their largest size alone, in every run the same."""
-    engine = make_engine(folder, **options)
-    nothing = Curve([0, 1], [0.0, 0.0])
-    engine.scheduler.latency = LatencyModel(nothing, nothing, nothing, 0.0)
-    return engine
 
 
 def add_job(

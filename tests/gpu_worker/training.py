@@ -46,6 +46,7 @@ def make_trainer(
     validation: Dataset | None = None,
     policy: int = -1,
     max_tokens_in_flight: int = 256,
+    num_host_layers: int = 0,
 ) -> Trainer:
     """`policy` is an index into the method's list; the last keeps least."""
     config = config or JobConfig(batch_size=len(dataset))
@@ -77,7 +78,7 @@ def make_trainer(
         weights.device,
     )
     policies = LayerPolicies.uniform(compiled, compiled.policies[policy])
-    return Trainer(model, cache, job, dataset, validation, policies)
+    return Trainer(model, cache, job, dataset, validation, policies, num_host_layers)
 
 
 @cache

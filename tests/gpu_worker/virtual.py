@@ -106,7 +106,7 @@ class World:
             assert chunk.start == sequence.num_computed_tokens and end <= sequence.num_tokens
             assert len(sequence.block_table) * size >= end
             written += {sequence.block_table[i // size] for i in range(chunk.start, end)}
-        for work in batch.forwards:
+        for work in batch.forwards + batch.backwards:
             assert len(work.job.blocks) * size >= work.sequence.num_tokens
         for job in {id(work.job): work.job for work in batch.forwards + batch.backwards}.values():
             written += job.blocks

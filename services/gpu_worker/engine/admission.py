@@ -123,6 +123,9 @@ class Admission:
                 f"max_adapters), or train fewer parameters on shorter examples"
             ) from error
 
+    def plan_of(self, job_id: str) -> JobPlan:
+        return self._plans[job_id]
+
     def reserve(self, job_id: str, plan: JobPlan) -> None:
         self._plans[job_id] = plan
 

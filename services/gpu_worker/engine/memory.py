@@ -47,7 +47,7 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     machine = _machine_bytes("MemTotal")
-    limits = [limit for limit, _ in _container()]
+    limits = [limit for limit, _ in container_bytes()]
     return min([machine, *limits])
 
 
@@ -56,7 +56,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         pooled = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + pooled
-    left = [max(0, limit - used) for limit, used in _container()]
+    left = [max(0, limit - used) for limit, used in container_bytes()]
     return min([_machine_bytes("MemAvailable"), *left])
 
 
@@ -68,12 +68,12 @@ def _machine_bytes(name: str) -> int:
     return int(fields[name].split()[0]) * 1024
 
 
-def _container() -> list[tuple[int, int]]:
-    """(limit, use) of our control group, in bytes, where it has a limit. Files that were read and can be
-    dropped, such as a checkpoint's, are charged to the group too: they are no use."""
+def container_bytes(root: Path = CGROUP) -> list[tuple[int, int]]:
+    """(limit, use) of our control group where it has a limit. Files that were read and can be dropped again, as
+    a checkpoint's, are charged to the group too; here they do not count."""
     found = []
     for limit_file, used_file, statistics_file, droppable in CGROUP_FILES:
-        limit, used, statistics = (CGROUP / name for name in (limit_file, used_file, statistics_file))
+        limit, used, statistics = (root / name for name in (limit_file, used_file, statistics_file))
         if not (limit.exists() and used.exists() and limit.read_text().strip().isdigit()):
             continue
         lines = statistics.read_text().splitlines() if statistics.exists() else []
