@@ -128,7 +128,7 @@ def measure_ours(task: Task, dataset: Dataset) -> Found:
     peak, elapsed, loss = observe(step)
     config = weights.config
     cache = 2 * config.num_layers * config.kv_size * weights.dtype.itemsize
-    saved = cache + trainer.activation_bytes / task.num_tokens
+    saved = cache + trainer.memory.activations / task.num_tokens
     return Found(task.variant.name, saved, peak, task.num_tokens / elapsed, loss)
 
 

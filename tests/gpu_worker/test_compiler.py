@@ -184,7 +184,7 @@ def test_a_bypass_of_the_head_alone_never_enters_the_layers(model: Transformer) 
     trainer = make_forwarded(model, METHODS["lora-head"], 0)
     assert not trainer.policies.compiled.trains_layers
     assert trainer.job.phase is Phase.OPTIMIZER
-    assert trainer.activation_bytes == 0
+    assert trainer.memory.activations == 0
     gradients = trainer.parameters.gradients
     assert gradients.keys() == {(None, "lm_head.a"), (None, "lm_head.b")}
     assert gradients[None, "lm_head.b"].any()  # A's is zero as long as B is

@@ -219,7 +219,7 @@ def test_the_buffers_of_a_job_are_as_large_as_planned(folder: Path, name: str, b
         make_trainer(folder, planner),
     )
     trainer.begin(trainer.job.sequence)
-    assert trainer.activation_bytes == memory.activation_bytes
+    assert trainer.memory.activations == memory.activation_bytes
     assert trainer._cache.size_bytes == memory.kv_bytes
     assert trainer.parameters.size_bytes == adapter.total_bytes
     assert trainer.parameters.flat.numel() == adapter.num_parameters
@@ -228,7 +228,7 @@ def test_the_buffers_of_a_job_are_as_large_as_planned(folder: Path, name: str, b
     assert trainer._gradients.dk.nbytes + trainer._gradients.dv.nbytes == memory.sequence.kv_gradient_bytes
     kept = [tensor for tensor in planner.tensors() if tensor.state is TensorState.KEPT]
     sizes = sum(tensor.bytes_per_token * tensor.kept_in_layers for tensor in kept)
-    assert sizes * NUM_TOKENS == trainer.activation_bytes
+    assert sizes * NUM_TOKENS == trainer.memory.activations
 
 
 def test_a_budget_buys_activations_until_it_is_spent(folder: Path) -> None:

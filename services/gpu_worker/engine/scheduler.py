@@ -89,7 +89,7 @@ class Scheduler:
         self._schedule_running(batch)
         self._schedule_waiting(batch)
         batch.predicted_ms = self.latency.forward_ms(batch.forward_work)
-        if self.jobs:
+        if self.jobs and self.pressure < Pressure.PAUSED:
             batch.limit_ms = min(batch.limit_ms, self._catch_up_limit_ms(batch, now_s))
             self._schedule_finetuning(batch)
         return batch
@@ -234,8 +234,6 @@ class Scheduler:
 
     def _schedule_finetuning(self, batch: Batch) -> None:
         """Least served job first; each adds work until the iteration is full."""
-        if self.pressure >= Pressure.PAUSED:
-            return
         forced = self._starved >= self.config.patience or not (self.running or self.waiting)
         for job in sorted(self.jobs, key=lambda job: job.served_tokens):
             if job.parked and not self._job_blocks.bring_back(job, batch):

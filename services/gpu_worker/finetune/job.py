@@ -155,11 +155,6 @@ class FinetuneJob:
         """Whether the next window reads keys and values of windows before it."""
         return self.phase is Phase.BACKWARD or (self.phase is Phase.FORWARD and self.position > 0)
 
-    @property
-    def num_cached_tokens(self) -> int:
-        """Of the sequence in flight, whose keys and values the job has computed."""
-        return self.position if self.phase is Phase.FORWARD else self.sequence.num_tokens
-
     def step_examples(self, step: int) -> list[int]:
         """Indices of the examples of an optimizer step; a pure function of (seed, step)."""
         epoch, index = divmod(step, self.steps_per_epoch)

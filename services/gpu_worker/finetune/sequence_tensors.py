@@ -36,6 +36,7 @@ class SequenceTensors:
         self.labels = self._on_device([labels for _, labels in examples])
         self.positions = self._on_device([np.arange(len(tokens)) for tokens, _ in examples])
         self._windows: dict[tuple[int, int], PagedWindow] = {}
+        self._parked: Tensor | None = None  # keys and values, from KVCache.save
 
     def _on_device(self, arrays: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._cache.device)
@@ -63,9 +64,21 @@ class SequenceTensors:
         held = sum(end - start for start, end in self._windows)
         return len(self._windows) < MAX_CACHED_WINDOWS and held + num_rows <= len(self.tokens)
 
-    def forget_windows(self) -> None:
-        """After the sequence has moved to other blocks."""
-        self._windows.clear()
+    @property
+    def host_bytes(self) -> int:
+        return 0 if self._parked is None else self._parked.nbytes
+
+    def park(self, blocks: list[int]) -> None:
+        """Saves keys and values in host memory."""
+        self._parked = self._cache.save(blocks)
+
+    def bring_back(self, blocks: list[int]) -> None:
+        """Puts them into the first of these blocks."""
+        assert self._parked is not None
+        num_blocks = self._parked.shape[2] // self._cache.num_kv_heads
+        self._cache.restore(blocks[:num_blocks], self._parked)
+        self._parked = None
+        self._windows.clear()  # they name the old blocks
 
     def _make_paged(self, window: Window, blocks: list[int]) -> PagedWindow:
         group = self._config.num_heads // self._config.num_kv_heads

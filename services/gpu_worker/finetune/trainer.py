@@ -82,7 +82,6 @@ class Trainer:
         self._total = LossSum.zero(model.weights.device)
         self._tensors: SequenceTensors | None = None
         self._dropout: Dropout | None = None
-        self._parked: Tensor | None = None  # keys and values of the sequence in flight, from KVCache.save
 
     @property
     def method(self) -> Method:
@@ -102,34 +101,25 @@ class Trainer:
     @property
     def memory(self) -> JobMemory:
         """What the job holds now, from its tensors."""
-        store, state = self._store, self._gradients
+        store, state, tensors = self._store, self._gradients, self._tensors
         return JobMemory(
             trainable=self.parameters.weights.size_bytes,
             gradients=self.parameters.grad.nbytes,
             optimizer=self.parameters.optimizer_bytes,
             activations=store.size_bytes if store else 0,
             accumulators=state.size_bytes if state else 0,
-            windows=self._tensors.size_bytes if self._tensors else 0,
+            windows=tensors.size_bytes if tensors else 0,
             host_activations=store.host_bytes if store else 0,
-            host_cache=self._parked.nbytes if self._parked is not None else 0,
+            host_cache=tensors.host_bytes if tensors else 0,
         )
-
-    @property
-    def activation_bytes(self) -> int:
-        """That wait for the backward on the device."""
-        return self.memory.activations
 
     def park(self, blocks: list[int]) -> None:
         """Saves the sequence's keys and values, which blocks hold that are no longer the job's."""
-        self._parked = self._cache.save(blocks)
+        self._flight.park(blocks)
 
     def bring_back(self) -> None:
-        """Puts what `park` saved into the job's new blocks."""
-        assert self._parked is not None
-        num_blocks = self._parked.shape[2] // self._cache.num_kv_heads
-        self._cache.restore(self.job.blocks[:num_blocks], self._parked)
-        self._parked = None
-        self._flight.forget_windows()
+        """Puts them into the job's new blocks."""
+        self._flight.bring_back(self.job.blocks)
 
     def move_to_host(self) -> None:
         """Moves all kept activations to host memory, for good."""
@@ -139,7 +129,7 @@ class Trainer:
 
     def release(self) -> None:
         """Gives up the buffers and all that they hold; the next `begin` makes new ones."""
-        self._store, self._gradients, self._tensors, self._parked = None, None, None, None
+        self._store, self._gradients, self._tensors = None, None, None
 
     # --- one training sequence
 
@@ -154,7 +144,7 @@ class Trainer:
             self._drop_step()
         dataset = self._validation if sequence.evaluation else self._training
         assert dataset is not None
-        self._tensors = self._parked = None  # before the next sequence's are made
+        self._tensors = None  # before the next sequence's are made
         extra = num_virtual_tokens(self.method)
         self._tensors = SequenceTensors(sequence, dataset, extra, self._model.config, self._cache)
         self._dropout = self._make_dropout(sequence)
