@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import structlog
 
 from shared.telemetry import configure_logs
+
+
+@pytest.fixture(autouse=True)
+def configuration_of_this_test_alone() -> Iterator[None]:
+    """The test's standard error is closed after it; nobody may log there later."""
+    yield
+    structlog.reset_defaults()
 
 
 def fail_with(prompt: str) -> None:
