@@ -12,8 +12,10 @@ import torch
 from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.engine.admission import JobMustWait
 from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.latency import Curve, LatencyModel
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.finetune.memory import JobMemory, JobPlanner, Room, TooLarge
+from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.trainer import examples_of
 from services.gpu_worker.model.peft import BottleneckConfig, LoraConfig, Method, PrefixConfig
 from tests.builders import make_tiny_model
@@ -63,6 +65,33 @@ def test_a_job_keeps_as_much_as_its_part_allows(folder: Path) -> None:
         assert plan.device_bytes <= wanted + 1
         kept.append(plan.activations)
     assert kept == sorted(set(kept)) and (kept[0], kept[-1]) == (leanest.activations, richest.activations)
+
+
+def test_a_job_keeps_more_than_its_part_where_the_service_level_has_no_time_for_leaner_steps(
+    folder: Path,
+) -> None:
+    """What decodes leave of the time between tokens decides; without any left, bytes would not help."""
+    kept = []
+    lean, rich = needed(folder, 1), needed(folder, 1 << 40)
+    for slack in ("none", "some", "any"):
+        engine = make_engine(folder, finetune_bytes=2 * rich.device_bytes, max_finetune_jobs=1)
+        engine.admission.max_jobs = 2 * rich.device_bytes // (lean.device_bytes + 1)  # a lean job's part
+        compiled = engine.admission.compile(LORA)
+        leanest = LayerPolicies.uniform(compiled, compiled.policies[-1])
+        least_ms, most_ms = (policy / 1e6 for policy in (compiled.backward_flops, leanest.step_flops))
+        curve = Curve([0, 32], [0.0, most_ms])
+        slack_ms = {"none": 0.0, "some": (least_ms + most_ms) / 2, "any": 2 * most_ms}[slack]
+        engine.admission.set_pace(leanest, LatencyModel(curve, curve, curve), 32, slack_ms)
+        add_job(engine)
+        kept.append(engine.admission.plan_of("ftjob-1").memory.activations)
+    assert kept[0] == kept[2] == lean.activations < kept[1] < rich.activations
+
+
+def test_the_time_between_tokens_reaches_the_choice_of_what_is_kept(folder: Path) -> None:
+    paces = [
+        make_engine(folder, tpot_slo_ms=limit).admission.step_flops for limit in (0.001, 1_000.0, 100_000.0)
+    ]
+    assert paces[0] == 0 < paces[1] < paces[2]
 
 
 def test_jobs_share_what_there_is(folder: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from services.gpu_worker.compiler.emit import Program, compile_graph, emit_backward
+from services.gpu_worker.compiler.flops import backward_flops
 from services.gpu_worker.compiler.rematerialize import ALWAYS_KEPT, Policy, loads, policies
 from services.gpu_worker.compiler.reverse import JointGraph, differentiate
 from services.gpu_worker.compiler.shard import partial_gradients, sum_inside_bottlenecks, trace_rank
@@ -129,6 +130,11 @@ class CompiledMethod:
         """Whether something below the first layer is trained."""
         keys = {p.key for p in parameters(self.config, self.method)}
         return bool(keys & {"prompt.rows", f"{EMBEDDING}.a"})
+
+    @cached_property
+    def backward_flops(self) -> float:
+        """Of a token in one layer, without what is computed again."""
+        return backward_flops(self.joint, self._sizes, self.method)
 
     # --- policies
 

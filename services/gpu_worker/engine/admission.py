@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from services.gpu_worker.compiler.programs import CompiledMethod
+from services.gpu_worker.engine.latency import LatencyModel
 from services.gpu_worker.engine.memory import finetune_bytes, free_bytes
 from services.gpu_worker.finetune.job import Examples, JobConfig
 from services.gpu_worker.finetune.memory import (
@@ -48,6 +50,7 @@ class Admission:
     offload: Offload
     activation_bytes: int = 0  # that one job aims at; 0: its part of the budget
     budget: int = 0  # bytes of the device
+    step_flops: float = math.inf  # of a token in one layer's backward, that the service level has time for
     is_full: bool = False  # a job did not fit beside those that are here; until one of them leaves
     _plans: dict[str, JobPlan] = field(default_factory=dict)
 
@@ -56,6 +59,11 @@ class Admission:
         do not need."""
         adapters = max_adapters * parameter_bytes(self.weights, self._usual_method).trainable
         self.budget = num_bytes or finetune_bytes(self.weights.device, left - adapters)
+
+    def set_pace(self, policies: LayerPolicies, latency: LatencyModel, window: int, slack_ms: float) -> None:
+        """A smallest window's backward through one layer should fit into the slack that decodes leave; `latency`
+        was measured with `policies`."""
+        self.step_flops = policies.step_flops * max(0.0, slack_ms) / latency.backward(window)
 
     @property
     def _usual_method(self) -> LoraConfig:
@@ -92,12 +100,12 @@ class Admission:
 
     def _room(self) -> Room:
         if self.offload == "never":
-            return Room(self._aim, self._left, self.activation_bytes)
+            return Room(self._aim, self._left, self.activation_bytes, step_flops=self.step_flops)
         reserved = sum(plan.memory.host_bytes for plan in self._plans.values())
         free = self.weights.group.least(free_bytes(HOST)) // self.weights.group.size
         host = max(0, int(free * HOST_SHARE) - reserved)
         moves: Moves = "always" if self.offload == "always" else "at need" if self.can_move else "never"
-        return Room(self._aim, self._left, self.activation_bytes, host, moves)
+        return Room(self._aim, self._left, self.activation_bytes, host, moves, self.step_flops)
 
     def find_plan(
         self, method: Method, config: JobConfig, training: Examples, validation: Examples | None

@@ -132,8 +132,11 @@ class Engine:
         self.runner = ModelRunner(self.model, self.cache, self.adapters)
         self.blocks = BlockManager(self.cache.num_blocks, config.block_size)
         largest = config.scheduler.max_num_batched_tokens + config.scheduler.finetune_window
-        latency = profile(self.runner, largest, self.admission.usual_policies())
+        policies = self.admission.usual_policies()
+        latency = profile(self.runner, largest, policies)
         self.scheduler = Scheduler(config.scheduler, self.blocks, latency)
+        slack_ms = self.scheduler.slack_beside_decodes_ms(config.tpot_slo_ms)
+        self.admission.set_pace(policies, latency, config.scheduler.min_window, slack_ms)
         self._watch = MemoryWatch(weights, self.scheduler, self.runner.trainers, self.admission.can_move)
         self._sequences: dict[str, Sequence] = {}
         self._jobs: dict[str, FinetuneJob] = {}

@@ -109,6 +109,12 @@ class Scheduler:
             self._job_blocks.free(job)  # so that jobs take turns where memory holds one of them
         return [self._advance(item, now_s) for item in sampled]
 
+    def slack_beside_decodes_ms(self, tpot_slo_ms: float) -> float:
+        """What as many decodes as may run, half way through their contexts, leave of the time between tokens."""
+        decodes = self.config.max_num_seqs
+        work = Work(decodes=decodes, keys=decodes * self.config.max_model_len // 2)
+        return self.config.margin * tpot_slo_ms - self.latency.forward_ms(work)
+
     def _limit_ms(self, now_s: float) -> float:
         """How long this iteration may take: until the most urgent decode is due, or the idle bound.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass, fields, replace
 from heapq import nlargest
@@ -12,7 +13,7 @@ import torch
 from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.finetune.backward import GradientState
 from services.gpu_worker.finetune.job import Examples, JobConfig
-from services.gpu_worker.finetune.policies import LayerPolicies, fit
+from services.gpu_worker.finetune.policies import LayerPolicies, fit, least_bytes_within
 from services.gpu_worker.finetune.sequence_tensors import window_bytes
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.adapters import AdapterWeights
@@ -72,13 +73,17 @@ Moves = Literal["never", "at need", "always"]  # activations to host memory
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Bytes that a job may have: of the device better no more than `aim`, never more than `most`."""
+    """What a job may have: bytes of the device better no more than `aim`, never more than `most`.
+
+    More than `aim` where this brings a token's backward through one layer down to `step_flops`.
+    """
 
     aim: int
     most: int
     activations: int = 0  # of these better no more; 0: what `aim` leaves
     host: int = 0
     moves: Moves = "never"
+    step_flops: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +108,7 @@ class TooLarge(ValueError):
 class JobPlanner:
     """Finds the policies of one job that compute least again within its room.
 
+    Its part of the memory is exceeded where leaner policies' steps would be too long for the service level.
     Where not even the leanest fits, training sequences become shorter, down to the longest example; then the
     lowest layers' activations go to host memory.
     """
@@ -151,8 +157,10 @@ class JobPlanner:
             lean = self._plan(self._lean, max_tokens, 0).memory
             others = lean.device_bytes - lean.activations
             aim, most = room.aim - others, room.most - others
-        num_bytes = min(room.activations or aim, most)
-        policies = fit(self._compiled, num_bytes / min(max_tokens, self._most_trained))
+        tokens = min(max_tokens, self._most_trained)
+        in_time = math.ceil(tokens * least_bytes_within(self._compiled, room.step_flops))
+        num_bytes = min(room.activations or max(aim, in_time), most)
+        policies = fit(self._compiled, num_bytes / tokens)
         return self._plan(policies, max_tokens, num_host_layers)
 
     def _leanest(self, max_tokens: int, room: Room) -> JobPlan:

@@ -39,6 +39,11 @@ class LayerPolicies:
         """Of what the backward computes again, in all layers."""
         return sum(policy.flops_per_token for policy in self.chosen)
 
+    @property
+    def step_flops(self) -> float:
+        """Of a token in the last layer's backward, which no other layer's exceeds by much."""
+        return self.compiled.backward_flops + self.chosen[-1].flops_per_token
+
     def program(self, layer: int) -> Program:
         return self.compiled.backward(self.chosen[layer], layer == 0)
 
@@ -57,6 +62,13 @@ def fit(compiled: CompiledMethod, bytes_per_token: float) -> LayerPolicies:
     step = rich.bytes_per_token - lean.bytes_per_token
     richer = min(num_layers, int(spare // step)) if step > 0 and spare > 0 else 0
     return LayerPolicies(compiled, (lean,) * (num_layers - richer) + (rich,) * richer)
+
+
+def least_bytes_within(compiled: CompiledMethod, step_flops: float) -> float:
+    """Of a token in all layers, by the leanest policy whose backward takes no more FLOPs a token and layer; 0 where
+    no policy's does, for then bytes do not help."""
+    within = [p for p in compiled.policies if compiled.backward_flops + p.flops_per_token <= step_flops]
+    return compiled.config.num_layers * within[-1].bytes_per_token if within else 0.0
 
 
 def worthwhile(policies: list[Policy]) -> list[Policy]:
