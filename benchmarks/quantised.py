@@ -12,7 +12,6 @@ How far a checkpoint already lies on few levels is measured as well: a model tha
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.kernels.linear import FrozenLinear
 from services.gpu_worker.model.peft import GROUPS, LoraConfig
+from services.gpu_worker.perplexity import perplexity, score
 
 DATA = Path(__file__).parent.parent / "data" / "gsm8k"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -77,29 +77,9 @@ def make_engine(folder: Path, dtype: str, form: Form) -> Engine:
     )
 
 
-def score(engine: Engine, held_out: list[Chat]) -> list[list[Logprob | None]]:
-    """Of every token of the chats, given those before it, with the likeliest beside."""
-    scored: dict[str, list[Logprob | None]] = {}
-    for i, chat in enumerate(held_out):
-        engine.add(f"s{i}", chat.tokens, Sampling(max_tokens=1, prompt_logprobs=1))
-    while engine.has_work:
-        for event in engine.step().tokens:
-            if event.prompt_logprobs is not None:
-                scored[event.request_id] = event.prompt_logprobs
-    return [scored[f"s{i}"] for i in range(len(held_out))]
-
-
-def perplexity(held_out: list[Chat], scored: list[list[Logprob | None]]) -> dict[str, float]:
-    whole, answers = (
-        [
-            found.logprob
-            for chat, row in zip(held_out, scored, strict=True)
-            for found in row[start(chat) :]
-            if found
-        ]
-        for start in (lambda chat: 0, lambda chat: chat.prompt_length)
-    )
-    return {"whole": math.exp(-sum(whole) / len(whole)), "answers": math.exp(-sum(answers) / len(answers))}
+def perplexity_of(held_out: list[Chat], scored: list[list[Logprob | None]]) -> dict[str, float]:
+    answers = [row[chat.prompt_length :] for chat, row in zip(held_out, scored, strict=True)]
+    return {"whole": perplexity(scored), "answers": perplexity(answers)}
 
 
 def likeliest(scored: list[list[Logprob | None]]) -> list[int]:
@@ -171,13 +151,16 @@ def measure(folder: Path, dtype: str, rounds: int) -> dict[str, Any]:
     forms: dict[str, Any] = {}
     for form, engine in engines.items():
         console.print(f"measuring {form.name} ...")
-        scored[form], greedy[form] = score(engine, held_out), generate(engine, prompts)[0]
+        scored[form], greedy[form] = (
+            score(engine, [chat.tokens for chat in held_out]),
+            generate(engine, prompts)[0],
+        )
         same = [a == b for a, b in zip(likeliest(scored[form]), likeliest(scored[DENSE]), strict=True)]
         forms[form.name] = {
             "weights_bytes": engine.model.weights.size_bytes,
             "layers_bytes": sum(linear.size_bytes for linear in linears(engine)),
             "relative_rounding": rounding(form, dense, linears(engine)),
-            "perplexity": perplexity(held_out, scored[form]),
+            "perplexity": perplexity_of(held_out, scored[form]),
             "same_likeliest_token": sum(same) / len(same),
             "greedy": agreement(greedy[form], greedy[DENSE]),
             "losses": train(engine, training)[0],

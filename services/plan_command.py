@@ -14,14 +14,17 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from services.errors import OperatorError
-from shared.model_folder import read_json
+from shared.model_folder import ModelFolderError, read_json
 from shared.peft import PeftSpec
+from shared.tokenizer import ChatTemplateError, ChatTokenizer
 
 if TYPE_CHECKING:
+    from services.gpu_worker.dry_run import Form
     from services.gpu_worker.plan import Plan, Request
     from services.gpu_worker.savings import Step
 
 USUAL_TOKENS = 8192
+SCORED_TOKENS = 8192  # of --texts
 PeftType = Literal["lora", "ia3", "bottleneck", "prefix_tuning", "prompt_tuning"]
 METHOD_OPTIONS = {  # parameters of `plan` -> fields of a method's message
     "rank": "rank",
@@ -65,14 +68,24 @@ def plan(
         typer.Option(min=0, help="GiB of a rank for activations [default: at most 30 % more FLOPs]"),
     ] = None,
     quantise: Annotated[Literal["none", "int8", "int4"], typer.Option(help="The layers' linears.")] = "none",
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Training file: measure the folder's perplexity on it in every form of the weights."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
     code: Annotated[bool, typer.Option("--code", help="The generated backward programs alone.")] = False,
 ) -> None:
-    """Show what finetuning a model keeps, computes again and saves; it needs neither the model nor a GPU."""
+    """Show what finetuning a model keeps, computes again and saves; it needs neither the model nor a GPU.
+
+    Only --texts computes with the model, in a folder.
+    """
     with _clear_errors():
         from services.gpu_worker.planner import Planner
 
-        planner = Planner(parse_request(context.params))
+        request = parse_request(context.params)
+        planner = Planner(request, measure_perplexity(request, texts) if texts else None)
         if code:
             for layers, source in planner.programs.items():
                 typer.echo(f"# {layers}\n{source.strip()}\n")
@@ -132,6 +145,37 @@ def parse_request(options: dict[str, Any]) -> Request:
         budget_bytes=None if budget is None else int(budget * 2**30),
         dropout=getattr(spec, "dropout", 0.0),
     )
+
+
+def measure_perplexity(request: Request, texts: Path) -> dict[Form, float]:
+    from services.gpu_worker.perplexity import MOST_SCORED, perplexities
+
+    folder = Path(request.model)
+    if not (folder / "config.json").is_file():
+        raise OperatorError(f"--texts: {request.model} has no weights to measure; --model has to be a folder")
+    tokens = read_texts(folder, texts, MOST_SCORED)
+    with Console(stderr=True).status(f"Scoring {sum(map(len, tokens)):,} tokens in every form ..."):
+        return perplexities(folder, str(request.dtype).removeprefix("torch."), tokens)
+
+
+def read_texts(folder: Path, file: Path, most_tokens: int) -> list[list[int]]:
+    """Tokens of a training file's chats, and of as many as SCORED_TOKENS allow."""
+    try:
+        tokenizer, lines = ChatTokenizer(folder), file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError, ModelFolderError) as error:
+        raise OperatorError(f"--texts {file}: {error}") from error
+    found: list[list[int]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            tokens = tokenizer.encode_chat(json.loads(line)["messages"], None, add_generation_prompt=False)
+        except (ValueError, TypeError, KeyError, ChatTemplateError) as error:
+            raise OperatorError(f"--texts {file}, line {number}: no chat with messages: {error}") from error
+        found.append(tokens[:most_tokens])
+        if sum(map(len, found)) >= SCORED_TOKENS:
+            break
+    if not any(len(tokens) > 1 for tokens in found):
+        raise OperatorError(f"--texts {file}: no text")
+    return found
 
 
 def parse_method(kind: str, settings: dict[str, Any]) -> PeftSpec:

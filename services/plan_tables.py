@@ -189,7 +189,10 @@ def _memory(plan: Plan) -> Table:
         is_chosen = form == plan.request.quantise
         name = "weights" if form == "none" else f"weights, linears in {form}"
         row = [name, size(whole), *([size(rank.weight_bytes) if is_chosen else ""] if rank else [])]
-        table.add_row(*row, "chosen" if is_chosen else "", style="" if is_chosen else "dim")
+        notes = ["chosen"] if is_chosen else []
+        if form in plan.weights.perplexity_by_form:
+            notes.append(f"perplexity {plan.weights.perplexity_by_form[form]:.3f}")
+        table.add_row(*row, ", ".join(notes), style="" if is_chosen else "dim")
     if plan.weights.second_layout_bytes:
         of_rank_too = rank.second_layout_bytes if rank else None
         add("oneDNN's layout of them", plan.weights.second_layout_bytes, of_rank_too)

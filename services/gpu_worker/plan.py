@@ -70,6 +70,7 @@ class MemoryPlan:
 class WeightPlan:
     bytes_by_form: dict[Form, int]  # a form that cannot hold the model is missing
     second_layout_bytes: int  # oneDNN's, on a CPU
+    perplexity_by_form: dict[Form, float]  # measured; empty where no texts were given
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@ that hold nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import groupby
 
@@ -52,8 +53,9 @@ class Planner:
     A rank decides what is kept, as the engine does; the same tensors are then counted for the whole model.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request: Request, perplexity: Mapping[Form, float] | None = None) -> None:
+        """`perplexity` was measured, in each form of the weights."""
+        self.request, self.perplexity = request, dict(perplexity or {})
         self.config = ModelConfig.from_hf(request.hf_config)
         check_method(request.method, self.config)
         self._check_lengths()
@@ -221,7 +223,7 @@ class Planner:
             except UnsupportedModel:
                 if form == request.quantise:
                     raise
-        return WeightPlan(found, self._second_layout(self.config))
+        return WeightPlan(found, self._second_layout(self.config), self.perplexity)
 
     def _second_layout(self, config: ModelConfig) -> int:
         request = self.request

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from services.cli import app
@@ -123,3 +126,53 @@ def test_a_configuration_that_says_too_little_is_refused(tmp_path: Path) -> None
     empty.mkdir()
     with pytest.raises(OperatorError, match=r"empty has no config\.json"):
         plan("--model", str(empty))
+
+
+# --- what rounding costs
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    file = tmp_path / "chats.jsonl"
+    turns = [("What is four plus six?", "4 + 6 = 10"), ("And a pair of them?", "Two tens are 20.")]
+    lines = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+        for asked, answer in turns
+    ]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return file
+
+
+def perplexity_by_transformers(folder: str, chats: Path) -> float:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    total, count = 0.0, 0
+    for line in chats.read_text().splitlines():
+        tokens = tokenizer.apply_chat_template(json.loads(line)["messages"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            loss = model(tokens, labels=tokens).loss
+        total, count = total + float(loss) * (tokens.shape[1] - 1), count + tokens.shape[1] - 1
+    return math.exp(total / count)
+
+
+def test_the_perplexity_of_every_form_of_the_weights_is_measured(folder: str, chats: Path) -> None:
+    printed = plan("--model", folder, "--dtype", "float32", "--texts", str(chats), "--json", "--seq", "64")
+    found = json.loads(printed)["weights"]["perplexity_by_form"]
+    assert found["none"] == pytest.approx(perplexity_by_transformers(folder, chats), rel=1e-5)
+    assert found.keys() == {"none", "int8", "int4"}
+    rounding = {form: abs(value / found["none"] - 1) for form, value in found.items()}
+    assert 0 < rounding["int8"] < rounding["int4"] < 0.5
+    table = plan("--model", folder, "--dtype", "float32", "--texts", str(chats), "--seq", "64")
+    assert f"perplexity {found['int4']:.3f}" in table
+
+
+def test_texts_that_cannot_be_scored_are_refused_with_their_place(folder: str, chats: Path) -> None:
+    with pytest.raises(OperatorError, match=r"Llama-3\.1-8B has no weights to measure"):
+        plan("--model", "Llama-3.1-8B", "--texts", str(chats))
+    with pytest.raises(OperatorError, match=r"--texts .*missing.jsonl: .*No such file"):
+        plan("--model", folder, "--texts", "missing.jsonl")
+    chats.write_text(chats.read_text() + '{"prompt": "four"}\n')
+    with pytest.raises(OperatorError, match="line 3: no chat with messages"):
+        plan("--model", folder, "--texts", str(chats))
+    chats.write_text("")
+    with pytest.raises(OperatorError, match="no text"):
+        plan("--model", folder, "--texts", str(chats))
