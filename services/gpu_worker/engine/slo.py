@@ -1,0 +1,12 @@
+"""Service levels: how long a request may wait for its first token and between tokens, and who yields to whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SLO:
+    tpot_ms: float  # time per output token
+    ttft_ms: float  # time to first token
+    rank: int = 1  # of two requests the one with the higher rank yields
