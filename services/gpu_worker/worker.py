@@ -16,12 +16,13 @@ from services.gpu_worker.engine.engine import Engine, EngineConfig, IterationSta
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.inference import InferenceLink
 from services.gpu_worker.ranks import open_engine
+from services.gpu_worker.recorder import Recorder
 from services.gpu_worker.store_client import StoreClient
 from services.gpu_worker.training import TrainingLink
 from shared.config import Settings
 from shared.messages import WorkerStatus
 from shared.model_folder import describe_model
-from shared.queue import FinetuneQueue, InferenceWorkerQueue, open_redis
+from shared.queue import FinetuneQueue, InferenceWorkerQueue, IterationSender, open_redis
 from shared.storage import ObjectStore
 from shared.telemetry import configure_logs
 
@@ -66,6 +67,7 @@ class Worker:
             self._engine, settings, jobs, self._store, self._pool, self.worker_id, folder.base_digest
         )
         self._meter = Meter()
+        self._recorder = Recorder(IterationSender(client, self.worker_id))
         self._stopping = False
         self._steps = 0
         self._beat_s = 0.0
@@ -74,12 +76,14 @@ class Worker:
     def run(self) -> None:
         """Until `stop`; then finishes what it can within the drain time and hands the rest back."""
         log.info("worker_ready", worker=self.worker_id, model=self._settings.model_id)
+        self._recorder.start()
         while not self._stopping:
             self._turn(draining=False)
         deadline = time.monotonic() + self._settings.drain_s
         self._training.drain()
         while not self._inference.is_quiet and time.monotonic() < deadline:
             self._turn(draining=True)
+        self._recorder.stop(timeout_s=1.0)
         self._inference.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._store.close()
@@ -119,6 +123,7 @@ class Worker:
             raise
         self._steps += 1
         self._meter.add(result.stats)
+        self._recorder.add(result.stats, len(self._engine.scheduler.jobs))
         self._inference.publish(result.tokens)
         self._training.handle(result.jobs)
         if result.stats.timing.total_ms == 0:

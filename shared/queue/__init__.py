@@ -16,6 +16,7 @@ Nothing here goes by a client's clock: leases and deadlines are the server's.
 from shared.queue.client import InferenceClient, QueueFull, QueueUnavailable, RequestTooLarge
 from shared.queue.connection import open_async_redis, open_redis
 from shared.queue.finetune import FinetuneQueue, FinetuneSender
+from shared.queue.iterations import IterationBatch, Iterations, IterationSender, read_iterations
 from shared.queue.worker import Claimed, Emission, InferenceWorkerQueue
 
 __all__ = [
@@ -25,9 +26,13 @@ __all__ = [
     "FinetuneSender",
     "InferenceClient",
     "InferenceWorkerQueue",
+    "IterationBatch",
+    "IterationSender",
+    "Iterations",
     "QueueFull",
     "QueueUnavailable",
     "RequestTooLarge",
     "open_async_redis",
     "open_redis",
+    "read_iterations",
 ]
