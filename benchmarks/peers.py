@@ -28,6 +28,7 @@ from benchmarks.report import save
 from services.gpu_worker.engine.engine import Engine, EngineConfig
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
+from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.dataset import Dataset, epoch_order
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.model.adapters import Key
@@ -52,9 +53,8 @@ def best(rounds: int, *sides: Callable[[], float]) -> list[float]:
 
 def make_engine(folder: Path, dtype: str, threads: int) -> Engine:
     scheduler = SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=1024, idle_ms=1000.0)
-    return Engine(
-        EngineConfig(folder, "cpu", dtype, threads, scheduler=scheduler, tpot_slo_ms=1e6, ttft_slo_ms=1e6)
-    )
+    slos = {DEFAULT_TIER: SLO(tpot_ms=1e6, ttft_ms=1e6)}
+    return Engine(EngineConfig(folder, "cpu", dtype, threads, slos=slos, scheduler=scheduler))
 
 
 def serving(

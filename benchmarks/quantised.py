@@ -28,6 +28,7 @@ from benchmarks.report import save
 from services.gpu_worker.engine.engine import Engine, EngineConfig
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
+from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.kernels.linear import FrozenLinear
@@ -70,8 +71,7 @@ def make_engine(folder: Path, dtype: str, form: Form) -> Engine:
             quantise=form.scheme,
             int4_group_size=form.group_size,
             kv_cache_bytes=256 << 20,
-            tpot_slo_ms=1e6,
-            ttft_slo_ms=1e6,
+            slos={DEFAULT_TIER: SLO(tpot_ms=1e6, ttft_ms=1e6)},
             scheduler=limits,
         )
     )

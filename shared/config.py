@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.service_levels import ServiceLevel, Tier
+
+Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -67,8 +72,12 @@ class Settings(BaseSettings):
     offload_activations: Literal["auto", "always", "never"] = "auto"  # to the host; auto: what does not fit
 
     # Service levels
-    tpot_slo_ms: float = Field(default=150.0, gt=0)
-    ttft_slo_ms: float = Field(default=2000.0, gt=0)
+    tpot_slo_ms: Milliseconds = Field(default=150.0, gt=0)  # mean time between tokens; of the default tier
+    ttft_slo_ms: Milliseconds = Field(default=2000.0, gt=0)  # to the first token, the queue included
+    tpot_slo_priority_ms: Milliseconds = 0.0  # 0: a third of the default tier's
+    ttft_slo_priority_ms: Milliseconds = 0.0  # 0: a third of the default tier's
+    tpot_slo_flex_ms: Milliseconds = 0.0  # 0: eight times the default tier's
+    ttft_slo_flex_ms: Milliseconds = 0.0  # 0: eight times the default tier's
 
     # Queue protocol timers
     lease_s: float = 15.0
@@ -99,6 +108,35 @@ class Settings(BaseSettings):
     def model_id(self) -> str:
         """The base model's name on the API."""
         return self.served_model_name or self.model_dir.name
+
+    @property
+    def service_levels(self) -> dict[Tier, ServiceLevel]:
+        """Strictest first."""
+        default = ServiceLevel(self.tpot_slo_ms, self.ttft_slo_ms)
+        return {
+            "priority": ServiceLevel(
+                self.tpot_slo_priority_ms or default.tpot_ms / 3,
+                self.ttft_slo_priority_ms or default.ttft_ms / 3,
+            ),
+            "default": default,
+            "flex": ServiceLevel(
+                self.tpot_slo_flex_ms or default.tpot_ms * 8,
+                self.ttft_slo_flex_ms or default.ttft_ms * 8,
+            ),
+        }
+
+    @model_validator(mode="after")
+    def stricter_tiers_are_promised_more(self) -> Self:
+        levels = self.service_levels
+        for strict, loose in pairwise(levels):
+            for name, least, most in zip(ServiceLevel._fields, levels[strict], levels[loose], strict=True):
+                if least > most:
+                    target = name.removesuffix("_ms").upper()
+                    raise ValueError(
+                        f"the {target} target of {strict}, {least:g} ms, exceeds that of {loose}, {most:g} ms: "
+                        f"set FLEXLLM_{target}_SLO_* so that priority <= default <= flex"
+                    )
+        return self
 
     @property
     def sync_database_url(self) -> str:

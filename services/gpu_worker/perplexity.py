@@ -10,6 +10,7 @@ from services.gpu_worker.dry_run import BLOCK_SIZE, FORMS, Form, cache_bytes_per
 from services.gpu_worker.engine.engine import DTYPES, Engine, EngineConfig
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
+from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.model.config import ModelConfig, UnsupportedModel
 
 MOST_SCORED = 1024  # tokens of one text
@@ -52,8 +53,7 @@ def perplexities(folder: Path, dtype: str, texts: Sequence[list[int]]) -> dict[F
             block_size=BLOCK_SIZE,
             kv_cache_bytes=cache,
             finetune_tokens_in_flight=longest,
-            tpot_slo_ms=math.inf,
-            ttft_slo_ms=math.inf,
+            slos={DEFAULT_TIER: SLO(tpot_ms=math.inf, ttft_ms=math.inf)},
             scheduler=limits,
         )
         try:

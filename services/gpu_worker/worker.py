@@ -14,6 +14,7 @@ import structlog
 
 from services.gpu_worker.engine.engine import Engine, EngineConfig, IterationStats
 from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.slo import SLO
 from services.gpu_worker.inference import InferenceLink
 from services.gpu_worker.ranks import open_engine
 from services.gpu_worker.recorder import Recorder
@@ -175,16 +176,25 @@ def engine_config(settings: Settings) -> EngineConfig:
         finetune_bytes=settings.finetune_bytes,
         activation_bytes=settings.activation_bytes,
         offload_activations=settings.offload_activations,
-        tpot_slo_ms=settings.tpot_slo_ms,
-        ttft_slo_ms=settings.ttft_slo_ms,
+        slos={
+            tier: SLO(level.tpot_ms, level.ttft_ms, rank)
+            for rank, (tier, level) in enumerate(settings.service_levels.items())
+        },
         scheduler=SchedulerConfig(
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=settings.max_model_len,
             finetune_window=settings.finetune_window,
-            idle_ms=settings.ttft_slo_ms / 4,
+            idle_ms=idle_ms(settings),
         ),
     )
+
+
+def idle_ms(settings: Settings) -> float:
+    """How long an iteration may be when nobody waits: of the first token's time an arrival of the default tier
+    loses at most a quarter to it, and one of the strictest half."""
+    levels = settings.service_levels
+    return min(levels["default"].ttft_ms / 4, levels["priority"].ttft_ms / 2)
 
 
 def main() -> None:

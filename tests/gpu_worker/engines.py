@@ -13,6 +13,7 @@ from services.gpu_worker.engine.engine import Engine, EngineConfig, JobEvent, To
 from services.gpu_worker.engine.latency import Curve, LatencyModel
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
+from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.parameters import parameters
 from services.gpu_worker.model.peft import (
@@ -89,8 +90,7 @@ def make_config(
         "block_size": block_size,
         "kv_cache_bytes": num_blocks * block_size * model.num_layers * model.kv_size * 2 * 4,
         "finetune_tokens_in_flight": 256,
-        "tpot_slo_ms": 10_000.0,  # tests of arithmetic must not depend on how busy the machine is
-        "ttft_slo_ms": 10_000.0,
+        "slos": {DEFAULT_TIER: SLO(10_000.0, 10_000.0)},  # what is tested must not depend on a busy machine
         "scheduler": SchedulerConfig(**{**limits, **(scheduler or {})}),
     }
     return EngineConfig(**{**settings, **config})

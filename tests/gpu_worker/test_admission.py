@@ -13,6 +13,7 @@ from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.engine.admission import JobMustWait
 from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.latency import Curve, LatencyModel
+from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.finetune.memory import JobMemory, JobPlanner, Room, TooLarge
 from services.gpu_worker.finetune.policies import LayerPolicies
@@ -88,9 +89,8 @@ def test_a_job_keeps_more_than_its_part_where_the_service_level_has_no_time_for_
 
 
 def test_the_time_between_tokens_reaches_the_choice_of_what_is_kept(folder: Path) -> None:
-    paces = [
-        make_engine(folder, tpot_slo_ms=limit).admission.step_flops for limit in (0.001, 1_000.0, 100_000.0)
-    ]
+    levels = [{DEFAULT_TIER: SLO(limit, 10_000.0)} for limit in (0.001, 1_000.0, 100_000.0)]
+    paces = [make_engine(folder, slos=slos).admission.step_flops for slos in levels]
     assert paces[0] == 0 < paces[1] < paces[2]
 
 

@@ -15,6 +15,7 @@ from services.errors import OperatorError
 from services.gpu_worker.engine.engine import Engine, EngineConfig
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
+from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.model.peft import LoraConfig
@@ -78,8 +79,7 @@ def engine(folder: Path) -> Engine:
             dtype="float32",
             kv_cache_bytes=256 << 20,
             finetune_tokens_in_flight=128,
-            tpot_slo_ms=60_000.0,
-            ttft_slo_ms=60_000.0,
+            slos={DEFAULT_TIER: SLO(tpot_ms=60_000.0, ttft_ms=60_000.0)},
             scheduler=scheduler,
         )
     )

@@ -11,6 +11,7 @@ from services.gpu_worker.engine.block_manager import BlockManager
 from services.gpu_worker.engine.latency import Curve, LatencyModel
 from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling, Sequence
+from services.gpu_worker.engine.slo import DEFAULT_SLO, SLO
 from services.gpu_worker.finetune.job import Examples, FinetuneJob, JobConfig, Phase
 
 BLOCK_SIZE = 4
@@ -32,10 +33,19 @@ def make_latency(scale: float = 1.0) -> LatencyModel:
 
 
 def make_sequence(
-    request_id: str, num_prompt_tokens: int = 8, max_tokens: int = 8, first_token: int = 0, **fields: Any
+    request_id: str,
+    num_prompt_tokens: int = 8,
+    max_tokens: int = 8,
+    first_token: int = 0,
+    *,
+    tpot_slo_ms: float = DEFAULT_SLO.tpot_ms,
+    ttft_slo_ms: float = DEFAULT_SLO.ttft_ms,
+    rank: int = DEFAULT_SLO.rank,
+    **fields: Any,
 ) -> Sequence:
     """Prompts of different `first_token` share no prefix."""
     tokens = [first_token, *range(1, num_prompt_tokens)]
+    fields = {"slo": SLO(tpot_slo_ms, ttft_slo_ms, rank), **fields}
     return Sequence(request_id, tokens, num_prompt_tokens, Sampling(max_tokens=max_tokens), **fields)
 
 

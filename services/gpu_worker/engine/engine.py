@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from services.gpu_worker.engine.admission import Admission, Offload
+from services.gpu_worker.engine.attainment import Attainment
 from services.gpu_worker.engine.batch import Batch, Timing
 from services.gpu_worker.engine.block_manager import BlockManager
 from services.gpu_worker.engine.memory import MemoryAccount, cache_bytes, free_bytes, total_bytes
@@ -21,6 +22,7 @@ from services.gpu_worker.engine.model_runner import ModelRunner, RunResult
 from services.gpu_worker.engine.profile import profile
 from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling, Sequence
+from services.gpu_worker.engine.slo import DEFAULT_SLO, DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.checkpoint import load_checkpoint, save_checkpoint
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
@@ -60,9 +62,12 @@ class EngineConfig:
     finetune_bytes: int = 0  # of all jobs together; 0: a share of what weights, cache and adapters leave
     activation_bytes: int = 0  # that one job keeps if it can; 0: its part of these
     offload_activations: Offload = "auto"  # to host memory; auto: what a GPU has no room for
-    tpot_slo_ms: float = 250.0
-    ttft_slo_ms: float = 2000.0
+    slos: Mapping[str, SLO] = field(default_factory=lambda: {DEFAULT_TIER: DEFAULT_SLO})  # by tier
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    def __post_init__(self) -> None:
+        if DEFAULT_TIER not in self.slos:
+            raise ValueError(f"slos: there is no tier {DEFAULT_TIER!r} among {sorted(self.slos)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +140,10 @@ class Engine:
         policies = self.admission.usual_policies()
         latency = profile(self.runner, largest, policies)
         self.scheduler = Scheduler(config.scheduler, self.blocks, latency)
-        slack_ms = self.scheduler.slack_beside_decodes_ms(config.tpot_slo_ms)
+        slack_ms = self.scheduler.slack_beside_decodes_ms(config.slos[DEFAULT_TIER].tpot_ms)
         self.admission.set_pace(policies, latency, config.scheduler.min_window, slack_ms)
         self._watch = MemoryWatch(weights, self.scheduler, self.runner.trainers, self.admission.can_move)
+        self.attainment = Attainment(config.slos)
         self._sequences: dict[str, Sequence] = {}
         self._jobs: dict[str, FinetuneJob] = {}
 
@@ -209,7 +215,10 @@ class Engine:
 
     def _token_event(self, item: Progress) -> TokenEvent:
         sequence = item.sequence
+        if sequence.first_token_s is None:
+            sequence.first_token_s = sequence.last_token_s
         if item.finish is not None:
+            self.attainment.finish(sequence, self._now_s())
             self._forget(sequence)
         first = sequence.num_output_tokens <= 1
         return TokenEvent(
@@ -271,13 +280,16 @@ class Engine:
         emitted: list[int] | None = None,
         adapter: str | None = None,
         cache_salt: str = "",
-        tpot_slo_ms: float | None = None,
-        ttft_slo_ms: float | None = None,
+        tier: str = DEFAULT_TIER,
+        waited_s: float = 0.0,
     ) -> None:
         """Queues a request; `emitted` are tokens that an earlier worker has already generated for it.
 
-        `adapter` is the digest of a loaded adapter, pinned until the request ends. Raises InvalidRequest.
+        `adapter` is the digest of a loaded adapter, pinned until the request ends. `tier` names one of the
+        config's service levels; `waited_s` of its time to the first token have passed. Raises InvalidRequest.
         """
+        if tier not in self.config.slos:
+            raise InvalidRequest(f"tier {tier!r} is none of {sorted(self.config.slos)}")
         self._check(request_id, prompt, emitted or [], sampling, adapter)
         virtual = self._num_virtual_tokens(adapter)
         if adapter is not None:
@@ -289,10 +301,11 @@ class Engine:
             sampling,
             adapter,
             _cache_seed(adapter, cache_salt),
-            tpot_slo_ms or self.config.tpot_slo_ms,
-            ttft_slo_ms or self.config.ttft_slo_ms,
+            tier,
+            self.config.slos[tier],
             virtual,
-            arrival_s=self._now_s(),
+            num_resumed_tokens=len(emitted or []),
+            arrival_s=self._now_s() - waited_s,
         )
         self._sequences[request_id] = sequence
         self.scheduler.add(sequence)
@@ -327,6 +340,7 @@ class Engine:
         """Ends a request and frees what it holds; unknown ids are ignored."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
+            self.attainment.abort(sequence, self._now_s())
             self.scheduler.abort(sequence)
             self._forget(sequence)
 

@@ -10,3 +10,7 @@ class SLO:
     tpot_ms: float  # time per output token
     ttft_ms: float  # time to first token
     rank: int = 1  # of two requests the one with the higher rank yields
+
+
+DEFAULT_TIER = "default"
+DEFAULT_SLO = SLO(tpot_ms=250.0, ttft_ms=2000.0)
