@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from shared.peft import LoraSpec, PeftSpec
+from shared.service_levels import Tier
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -68,7 +69,7 @@ class GenerateRequest(Message):
     sampling: SamplingParams
     adapter: AdapterRef | None = None
     cache_salt: str = ""  # made by the server from the tenant; seeds the prefix cache's hash chain
-    service_tier: Literal["priority", "default", "flex"] = "default"
+    service_tier: Tier = "default"
     deadline_s: float = 600.0  # give up this long after the enqueue
 
 
@@ -99,6 +100,21 @@ class Frame(Message):
     meta: RequestMeta | None = None
 
 
+class TierAttainment(Message):
+    """Requests of one tier that are over, since the worker's start: how many met each target of the tier, and the
+    sums of what they took. A request of a single token has no time between tokens.
+    """
+
+    ttft_slo_ms: float = 0.0  # the targets
+    tpot_slo_ms: float = 0.0
+    ttft_met: int = 0
+    ttft_missed: int = 0
+    ttft_ms_sum: float = 0.0  # to the first token, the wait in the queue included
+    tpot_met: int = 0
+    tpot_missed: int = 0
+    tpot_ms_sum: float = 0.0  # mean time between a request's tokens
+
+
 class WorkerStatus(Message):
     """What a worker says of itself at every beat."""
 
@@ -119,6 +135,7 @@ class WorkerStatus(Message):
     inference_tokens_per_s: float = 0.0
     finetune_tokens: float = 0.0  # since the worker's start
     inference_tokens: int = 0
+    service_levels: dict[str, TierAttainment] = Field(default_factory=dict)  # by tier
 
 
 # --- finetuning ------------------------------------------------------------------------------------------

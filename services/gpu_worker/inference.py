@@ -29,7 +29,7 @@ class Flight:
     """One request in our hands. `tokens` are all of its output, those of an earlier worker included."""
 
     claimed: Claimed
-    deadline_s: float
+    arrival_s: float  # at the queue
     tokens: list[int]
     logprobs: list[TokenLogprob] = field(default_factory=list)
     asked_s: float = 0.0
@@ -122,7 +122,7 @@ class InferenceLink:
         request = claimed.request
         if claimed.request_id in self._flights:
             self._drop(claimed.request_id)
-        flight = Flight(claimed, time.monotonic() + request.deadline_s, list(claimed.emitted_tokens))
+        flight = Flight(claimed, time.monotonic() - claimed.waited_s, list(claimed.emitted_tokens))
         self._flights[claimed.request_id] = flight
         if request.adapter is not None and request.adapter.digest not in self._engine.adapters:
             flight.adapter_files = self._pool.submit(self._store.read_adapter, request.adapter)
@@ -142,6 +142,8 @@ class InferenceLink:
                 emitted=flight.tokens,
                 adapter=request.adapter.digest if request.adapter else None,
                 cache_salt=request.cache_salt,
+                tier=request.service_tier,
+                waited_s=time.monotonic() - flight.arrival_s,
             )
         except InvalidRequest as error:
             log.info("request_refused", request=request.request_id, error=str(error))
@@ -156,7 +158,7 @@ class InferenceLink:
         for flight in list(self._flights.values()):
             if flight.adapter_files is not None and flight.adapter_files.done():
                 self._load_adapter(flight)
-            elif now > flight.deadline_s and not flight.finished:
+            elif now - flight.arrival_s > flight.claimed.request.deadline_s and not flight.finished:
                 self._engine.abort(flight.claimed.request_id)
                 self._finish(flight, "error", "deadline_exceeded")
             elif now - flight.asked_s > ASK_S and not flight.finished:

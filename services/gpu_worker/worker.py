@@ -21,7 +21,7 @@ from services.gpu_worker.recorder import Recorder
 from services.gpu_worker.store_client import StoreClient
 from services.gpu_worker.training import TrainingLink
 from shared.config import Settings
-from shared.messages import WorkerStatus
+from shared.messages import TierAttainment, WorkerStatus
 from shared.model_folder import describe_model
 from shared.queue import FinetuneQueue, InferenceWorkerQueue, IterationSender, open_redis
 from shared.storage import ObjectStore
@@ -155,8 +155,25 @@ class Worker:
                 inference_tokens_per_s=inference,
                 finetune_tokens=self._meter.finetune,
                 inference_tokens=self._meter.inference,
+                service_levels=attainment_of(self._engine),
             )
         )
+
+
+def attainment_of(engine: Engine) -> dict[str, TierAttainment]:
+    return {
+        tier: TierAttainment(
+            ttft_slo_ms=counts.slo.ttft_ms,
+            tpot_slo_ms=counts.slo.tpot_ms,
+            ttft_met=counts.ttft_met,
+            ttft_missed=counts.ttft_missed,
+            ttft_ms_sum=counts.ttft_ms_sum,
+            tpot_met=counts.tpot_met,
+            tpot_missed=counts.tpot_missed,
+            tpot_ms_sum=counts.tpot_ms_sum,
+        )
+        for tier, counts in engine.attainment.tiers.items()
+    }
 
 
 def engine_config(settings: Settings) -> EngineConfig:

@@ -31,6 +31,7 @@ class Claimed:
     attempt: int
     api_id: str
     emitted_tokens: tuple[int, ...] = ()
+    waited_s: float = 0.0  # since the first enqueue
 
     @property
     def request_id(self) -> str:
@@ -131,7 +132,9 @@ class InferenceWorkerQueue:
             return ("batch", "std", "hi")
         return ("std", "hi", "batch") if turn == FLOOR_EVERY // 2 else LANES
 
-    def _parse(self, rid: str, attempt: int, api_id: str, payload: str, tokens: list[str]) -> Claimed | None:
+    def _parse(
+        self, rid: str, attempt: int, api_id: str, payload: str, tokens: list[str], remaining_ms: int
+    ) -> Claimed | None:
         """None for a payload of an incompatible peer; it is refused in its owner's name."""
         try:
             request = GenerateRequest.model_validate_json(payload)
@@ -139,7 +142,8 @@ class InferenceWorkerQueue:
             item = [rid, attempt, len(tokens), [], "error", "bad_payload", [], ""]
             script("emit").run(self._client, self.worker_id, api_id, orjson.dumps([item]).decode())
             return None
-        return Claimed(request, attempt, api_id, tuple(map(int, tokens)))
+        waited_s = max(0.0, request.deadline_s - remaining_ms / 1000)
+        return Claimed(request, attempt, api_id, tuple(map(int, tokens)), waited_s)
 
 
 def fences(running: Iterable[Claimed]) -> list[Argument]:

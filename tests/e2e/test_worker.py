@@ -232,6 +232,33 @@ async def test_a_job_is_trained_published_and_served_while_others_are_served(
     assert tokens != reference(settings, adapted)
 
 
+async def test_the_tier_of_a_request_decides_which_targets_it_is_judged_by(
+    settings: Settings, processes: Processes, client: InferenceClient, tmp_path: Path
+) -> None:
+    """Targets that nobody can meet, or nobody miss, so that it does not matter how busy the machine is."""
+    never, always = 1e-6, 1e9
+    targets = {"tpot_slo_ms": always, "ttft_slo_ms": always}
+    strict = {"tpot_slo_priority_ms": never, "ttft_slo_priority_ms": never}
+    tiered = Processes(settings.model_copy(update=targets | strict), tmp_path)
+    try:
+        tiered.start(WORKER)
+        for number, tier in enumerate(["priority", "default", "default", "flex"]):
+            await collect(client, make_request(settings, number, service_tier=tier))
+        counts: dict[str, tuple[int, ...]] = {}
+        for _ in range(100):
+            for worker in await client.workers():
+                counts = {
+                    tier: (level.ttft_met, level.ttft_missed, level.tpot_met, level.tpot_missed)
+                    for tier, level in worker.service_levels.items()
+                }
+            if counts.get("flex", (0,)) != (0, 0, 0, 0):
+                break
+            await asyncio.sleep(0.1)
+        assert counts == {"priority": (0, 1, 0, 1), "default": (2, 0, 2, 0), "flex": (1, 0, 1, 0)}
+    finally:
+        tiered.stop()
+
+
 async def test_a_worker_of_two_ranks_serves_and_trains_and_ends_with_any_of_them(
     settings: Settings,
     processes: Processes,

@@ -370,6 +370,18 @@ async def test_a_request_that_waited_too_long_is_told_so(timers, server) -> None
     assert num_entries(server) == 0
 
 
+async def test_a_worker_learns_how_long_a_request_has_waited_whoever_had_it_before(client, timers) -> None:
+    await client.enqueue(make_request())
+    await asyncio.sleep(0.05)
+    first = make_worker(timers, "first")
+    [claimed] = first.take(1)
+    assert 0.05 <= claimed.waited_s < 5.0
+    await asyncio.sleep(0.05)
+    first.release([claimed])
+    [again] = make_worker(timers, "second").take(1)
+    assert again.waited_s >= claimed.waited_s + 0.05
+
+
 async def test_a_request_past_its_deadline_is_stopped(client, timers) -> None:
     request = make_request(deadline_s=0.05)
     await client.enqueue(request)

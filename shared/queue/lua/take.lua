@@ -1,7 +1,7 @@
 -- PULL and CLAIM. ARGV: worker, free slots, lease_ms, 1 to reap, poison limit, lanes in the order to serve.
 -- Takes entries whose lease is over, then new ones, and claims each under the next fence. Returns
--- {claims, tails}: a claim is {rid, attempt, api, payload, emitted tokens}; tails (only when there is no
--- claim) are the newest ids of the lanes, for a reader that waits for more.
+-- {claims, tails}: a claim is {rid, attempt, api, payload, emitted tokens, ms to its deadline}; tails (only when
+-- there is no claim) are the newest ids of the lanes, for a reader that waits for more.
 local worker, free = ARGV[1], tonumber(ARGV[2])
 local now, claims = now_ms(), {}
 
@@ -27,7 +27,7 @@ local function claim(lane, eid, rid)
 
   local attempt = h[3] + 1
   redis.call('HSET', req_key(rid), 'attempt', attempt, 'state', 'running', 'worker', worker)
-  claims[#claims + 1] = {rid, attempt, h[4], h[8], redis.call('LRANGE', tok_key(rid), 0, -1)}
+  claims[#claims + 1] = {rid, attempt, h[4], h[8], redis.call('LRANGE', tok_key(rid), 0, -1), h[6] - now}
 end
 
 local function claim_all(lane, entries)
