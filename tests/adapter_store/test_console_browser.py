@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from shared.config import Settings
 from shared.db import SessionFactory
 from shared.job_state import add_event, end_job, lock_job
 from shared.keys import create_key, create_tenant
-from shared.messages import BeatRequest, JobLease, StepMetrics
+from shared.messages import BeatRequest, JobLease, StepMetrics, WorkerStatus
+from shared.queue import InferenceWorkerQueue, IterationBatch, IterationSender, open_redis
 from tests.adapter_store.console_client import PASSWORD
 from tests.records import claim_job, make_job, make_queued_job, publish_job
 
@@ -121,6 +123,62 @@ async def test_a_job_is_followed_live_and_cancelled(
     await page.click("dialog >> text=Cancel job")
     await page.wait_for_selector(".banner-ok:has-text('asked to stop')")
     await page.wait_for_selector(".pill:has-text('Cancelling')")
+
+
+def iterate(settings: Settings, decodes: int, windows: int) -> None:
+    """A worker tells of itself and of half a second's iterations."""
+    status = WorkerStatus(worker_id="w", free_blocks=60, total_blocks=100)
+    batch = IterationBatch(
+        age_ms=tuple(range(475, -1, -25)),
+        decode_tokens=(decodes,) * 20,
+        forward_tokens=(windows,) * 20,
+        forward_ms=(40.0,) * 20,
+        limit_ms=(100.0,) * 20,
+        free_blocks=(60,) * 20,
+    )
+    with open_redis(settings.redis_url) as client:
+        InferenceWorkerQueue(client, settings, "w").beat([], status)
+        IterationSender(client, "w").send(batch)
+
+
+@asynccontextmanager
+async def iterating(settings: Settings, decodes: int, windows: int) -> AsyncIterator[None]:
+    async def go_on() -> None:
+        while True:
+            await asyncio.to_thread(iterate, settings, decodes, windows)
+            await asyncio.sleep(0.5)
+
+    task = asyncio.create_task(go_on())
+    yield
+    task.cancel()
+
+
+async def test_the_engine_is_watched_live(page: playwright.Page, address: str, settings: Settings) -> None:
+    await page.click("nav >> text=Engine")
+    await page.wait_for_selector("text=No worker reports")
+    await page.evaluate("window.sameDocument = true")
+    painted = """(chart) => {
+        const canvas = document.querySelector(`[data-chart=${chart}] canvas`);
+        const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+        return [pixels.filter((value) => value > 0).length, pixels.reduce((sum, value) => sum + value, 0)];
+    }"""
+
+    async with iterating(settings, decodes=6, windows=0):
+        value = page.locator('[data-value="tokens decode"]')
+        await expect(value).to_have_text("6", timeout=TIMEOUT_MS)
+        await expect(page.locator('[data-figure="p50"]')).to_have_text("40.0", timeout=TIMEOUT_MS)
+        await expect(page.locator('[data-value="kv kv"]')).to_have_text("40 %", timeout=TIMEOUT_MS)
+        await expect(page.locator("text=No worker reports")).to_have_count(0, timeout=TIMEOUT_MS)
+        before = {chart: await page.evaluate(painted, chart) for chart in ("tokens", "time", "share")}
+        assert all(count > 0 for count, _ in before.values())
+
+    async with iterating(settings, decodes=3, windows=90):
+        await expect(page.locator('[data-value="tokens forward"]')).to_have_text("90", timeout=TIMEOUT_MS)
+        share = page.locator('[data-value="share time_share"]')
+        await expect(share).to_have_text("97 %", timeout=TIMEOUT_MS)
+        for chart, pixels in before.items():
+            assert await page.evaluate(painted, chart) != pixels, chart
+    assert await page.evaluate("window.sameDocument") is True
 
 
 async def test_a_version_is_made_live_and_rolled_back_with_one_click_each(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
 import pytest
-import redis
 
 from services.embedded import EmbeddedRedis
 from services.gpu_worker.engine.batch import Timing
@@ -34,7 +34,7 @@ async def test_each_iteration_arrives_once_in_order_and_at_its_time(redis_url: s
     recorder.start()
     for i in range(50):
         recorder.add(make_stats(decodes=i), num_jobs=2)
-        time.sleep(0.002)
+        await asyncio.sleep(0.002)
     recorder.stop(timeout_s=5.0)
     found = await read(redis_url)
     assert found.columns["decode_tokens"] == list(range(50))

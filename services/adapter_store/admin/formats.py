@@ -28,6 +28,13 @@ def decimal(value: float | None, digits: int = 4) -> str:
     return NOTHING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
+def milliseconds(value: float | None) -> str:
+    """Without its unit; three digits, but whole from a hundred on."""
+    if value is None:
+        return NOTHING
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
 def percent(fraction: float | None, digits: int = 0) -> str:
     return NOTHING if fraction is None else f"{fraction * 100:.{digits}f} %"
 
@@ -115,6 +122,7 @@ FILTERS = {
         whole,
         compact,
         decimal,
+        milliseconds,
         percent,
         scientific,
         size,

@@ -20,12 +20,12 @@ from services.adapter_store.admin.auth import Gate, Throttle
 from services.adapter_store.admin.console import Console, check_form_token, get_console
 from services.adapter_store.admin.guard import STATIC, Guard
 from services.adapter_store.admin.pages import STATIC_DIR, Pages
-from services.adapter_store.admin.views import adapters, jobs, overview, sign_in, tenants
+from services.adapter_store.admin.views import adapters, engine, jobs, overview, sign_in, tenants
 from shared.config import Settings
 from shared.db import SessionFactory
 from shared.errors import ServiceError
 
-VIEWS = (sign_in, overview, jobs, adapters, tenants)
+VIEWS = (sign_in, overview, engine, jobs, adapters, tenants)
 log = structlog.get_logger()
 
 

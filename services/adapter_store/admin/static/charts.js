@@ -1,4 +1,5 @@
-// The curves: of one job, of two versions side by side, and of what the workers do now.
+// The curves: of one job, of two versions side by side, and of what the workers do now. What a chart is also
+// serves the engine's page.
 "use strict";
 
 const POLL_MS = 2000;
@@ -42,8 +43,13 @@ const dots = (name) => ({ points: { show: true, size: 6, width: 1.6, stroke: () 
 
 // A chart that fills its element, follows its width and the colour scheme, and says when it has no data.
 class Chart {
-  constructor(element, series, { sync, time = false, outputs = [], step = null, bottom = null, empty = "No step yet" } = {}) {
+  constructor(element, series, {
+    sync, time = false, stacked = false, outputs = [], step = null, reach = Infinity,
+    bottom = null, top = null, words = ticks, empty = "No step yet",
+  } = {}) {
     this.element = element;
+    this.stacked = stacked; // the last series lies at the bottom
+    this.reach = reach; // how many points may be passed over for a value
     this.outputs = outputs; // [column, where to write its value, how]
     this.step = step; // where to write the step under the cursor
     this.note = Object.assign(document.createElement("div"), { className: "chart-empty", textContent: empty });
@@ -52,10 +58,10 @@ class Chart {
     this.data = [[], ...series.map(() => [])];
     this.plot = new uPlot({
       ...this.size(),
-      scales: { x: { time, ...(time ? { range: Chart.window } : {}) }, y: { range: (_, low, high) => Chart.range(low, high, bottom) } },
+      scales: { x: { time, ...(time ? { range: Chart.window } : {}) }, y: { range: (_, low, high) => Chart.range(low, high, bottom, top) } },
       axes: [
         axis({ size: 24, gap: 4, space: time ? 90 : 70, values: time ? clock : ticks }),
-        axis({ size: 46, gap: 6, space: element.clientHeight > 180 ? 34 : 22, values: ticks }),
+        axis({ size: 46, gap: 6, space: element.clientHeight > 180 ? 34 : 22, values: words }),
       ],
       padding: [8, 10, 0, 0],
       series: [{}, ...series],
@@ -67,10 +73,19 @@ class Chart {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.plot.redraw());
   }
 
-  static range(low, high, bottom) {
+  static range(low, high, bottom, top) {
     if (low == null) return [0, 1];
     const pad = (high - low || Math.abs(high) || 1) * 0.08;
-    return [bottom ?? low - pad, high + pad];
+    return [bottom ?? low - pad, top ?? high + pad];
+  }
+
+  // Each column with all that lie below it.
+  static stack([at, ...columns]) {
+    const sums = at.map(() => null);
+    return [at, ...columns.reverse().map((column) => column.map((value, i) => {
+      if (value != null) sums[i] += value;
+      return sums[i];
+    })).reverse()];
   }
 
   // Not narrower than a minute, so that two points do not look like a history.
@@ -91,7 +106,7 @@ class Chart {
     this.data = data;
     const isEmpty = !data.slice(1).some((values) => values.some((value) => value != null));
     this.element.classList.toggle("chart-is-empty", isEmpty);
-    this.plot.setData(data);
+    this.plot.setData(this.stacked ? Chart.stack(data) : data);
     this.report();
   }
 
@@ -100,7 +115,8 @@ class Chart {
     if (!this.plot) return;
     const under = this.plot.cursor.idx;
     for (const [column, output, words] of this.outputs) {
-      const values = under == null ? this.data[column] : this.data[column].slice(0, under + 1);
+      const end = under == null ? this.data[column].length : under + 1;
+      const values = this.data[column].slice(Math.max(0, end - this.reach), end);
       output.textContent = words(values.findLast((value) => value != null));
     }
     if (this.step) this.step.textContent = under == null ? "" : `step ${this.data[0][under]}`;
@@ -143,13 +159,13 @@ class Curves {
   }
 }
 
-const every = (work) => {
+const every = (work, wait = POLL_MS) => {
   const turn = async () => {
     let isOver = false;
     if (!document.hidden) {
       try { isOver = await work(); } catch { /* the banner says it; try again */ }
     }
-    if (!isOver) setTimeout(turn, POLL_MS);
+    if (!isOver) setTimeout(turn, wait);
   };
   turn();
 };
