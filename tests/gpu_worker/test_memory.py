@@ -18,7 +18,7 @@ from services.gpu_worker.engine.memory import container_bytes, free_bytes, total
 from services.gpu_worker.engine.memory_watch import INTERVAL_S
 from services.gpu_worker.engine.model_runner import RunResult
 from services.gpu_worker.engine.pressure import Pressure
-from services.gpu_worker.engine.sequence import Sampling, Sequence
+from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig, Phase
 from services.gpu_worker.model.peft import BottleneckConfig, LoraConfig, Method, PrefixConfig
 from services.gpu_worker.model.weights import load_weights
@@ -190,7 +190,7 @@ def look(engine: Engine, free: str) -> Pressure:
     gauge = engine._watch.gauge
     gauge.low, gauge.high = {"little": (1 << 62, 1 << 62), "some": (0, 1 << 62), "enough": (0, 0)}[free]
     engine._watch.look(engine._watch._looked_s + INTERVAL_S)
-    return engine.scheduler.pressure
+    return engine.scheduler.finetuning.pressure
 
 
 def test_finetuning_yields_memory_step_by_step_and_takes_it_back(folder: Path) -> None:
@@ -211,7 +211,7 @@ def test_finetuning_yields_memory_step_by_step_and_takes_it_back(folder: Path) -
     assert trainer.memory.device_bytes == trainer.memory.parameters
     assert engine.blocks.num_free_blocks == engine.blocks.num_blocks and job.restarts == 1
     for level in reversed(Pressure):
-        assert engine.scheduler.pressure is level
+        assert engine.scheduler.finetuning.pressure is level
         assert not job.blocks or level < Pressure.PAUSED
         engine.step()
         look(engine, "enough")
@@ -250,17 +250,12 @@ def live(folder: Path, num_blocks: int, offload: str) -> Outcome:
         add_job(engine, job_id, METHODS[method], replace(JOB, n_epochs=4))
     jobs = [engine.job("ftjob-1"), engine.job("ftjob-2")]
     found, outputs = Outcome([], {job.job_id: [] for job in jobs}), [Output() for _ in range(18)]
-    preempt, run_batch = engine.scheduler._preempt, engine.runner.run
-
-    def counted_preempt(sequence: Sequence) -> None:
-        found.num_preempted += 1
-        preempt(sequence)
+    run_batch = engine.runner.run
 
     def counted_run(batch: Batch) -> RunResult:
         found.num_parked += len(batch.parked)
         return run_batch(batch)
 
-    engine.scheduler._preempt = counted_preempt  # type: ignore[method-assign]
     engine.runner.run = counted_run  # type: ignore[method-assign]
     coming = list(range(len(outputs)))
     while coming or engine.has_work:
@@ -279,6 +274,7 @@ def live(folder: Path, num_blocks: int, offload: str) -> Outcome:
             if job.report is not None and job.report.train_loss is not None:
                 found.losses[job.job_id].append(job.report.train_loss)
     found.tokens, found.num_restarts = tokens_of(outputs), sum(job.restarts for job in jobs)
+    found.num_preempted = engine.scheduler.num_preempted
     assert engine.blocks.num_free_blocks == num_blocks and engine.memory().host["kv_cache"] == 0
     return found
 

@@ -38,7 +38,7 @@ def is_finetuning(batch: Batch) -> bool:
 
 def is_kept(batch: Batch, world: World) -> bool:
     """Finetuning was added within the limit; what inference takes by itself is not the scheduler's to refuse."""
-    alone = world.scheduler.latency.forward_ms(Batch(chunks=batch.chunks).forward_work)
+    alone = world.scheduler.latency.forward_ms(batch.inference_work)
     return batch.predicted_ms <= max(batch.limit_ms, alone) + 1e-6
 
 
@@ -76,7 +76,7 @@ def test_everything_finishes_and_no_block_is_lost(
             arrive()
         if not arrivals and not world.scheduler.has_work:
             break
-        forced = world.scheduler._starved >= world.scheduler.config.patience
+        forced = world.scheduler.finetuning.is_starved
         batch = world.step()
         assert forced or is_kept(batch, world)
     assert sorted(world.finished) == sorted(f"r{i}" for i in range(len(requests)))
@@ -151,7 +151,7 @@ def test_prompts_go_on_where_decodes_alone_take_too_long() -> None:
     world.scheduler.add(make_sequence("decoding", 4, 50, 1, tpot_slo_ms=5.0))
     world.step()
     world.scheduler.add(make_sequence("arriving", 100, 2, 2))
-    assert [chunk.num_tokens for chunk in world.step().chunks] == [1, 32]
+    assert [chunk.num_tokens for chunk in world.step().chunks] == [32, 1]
 
 
 def test_the_newest_is_preempted_and_loses_nothing() -> None:
@@ -168,7 +168,7 @@ def test_a_preempted_sequence_finds_its_prefix_again() -> None:
     sequence = make_sequence("r", 30, 4)
     world.scheduler.add(sequence)
     world.step()
-    world.scheduler._preempt(sequence)
+    world.scheduler._preempt(Batch(), sequence)
     assert world.scheduler.blocks.num_free_blocks == 16
     assert world.step().chunks[0].start == 28
     assert sequence.num_cached_tokens == 0, "what it computed itself was not found in the cache"

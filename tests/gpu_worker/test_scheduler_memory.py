@@ -104,7 +104,7 @@ def test_blocks_are_taken_from_whoever_loses_no_work_by_it() -> None:
         world.scheduler.add_job(job)
     jobs[0].position, jobs[1].position = 32, 32
     jobs[0].served_tokens, jobs[1].can_park, jobs[2].phase = 1e6, True, Phase.OPTIMIZER
-    world.scheduler.pressure = Pressure.PAUSED  # nobody moves but by giving blocks up
+    world.scheduler.finetuning.pressure = Pressure.PAUSED  # nobody moves but by giving blocks up
     for first_token, losers in ((1, 1), (2, 2), (3, 3)):
         world.scheduler.add(make_sequence(f"r{first_token}", 48, 60, first_token))
         world.step()
@@ -121,7 +121,7 @@ def test_windows_are_small_and_then_none_while_memory_is_short() -> None:
     world.scheduler.add_job(make_job("j", [60], n_epochs=50, num_layers=4))
     largest = []
     for level in Pressure:
-        world.scheduler.pressure = level
+        world.scheduler.finetuning.pressure = level
         batches = [world.step() for _ in range(3)]
         sizes = [work.window.num_tokens for batch in batches for work in batch.forwards + batch.backwards]
         largest.append(max(sizes, default=0))

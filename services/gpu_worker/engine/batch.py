@@ -9,9 +9,9 @@ from services.gpu_worker.engine.sequence import Logprob, Sequence
 from services.gpu_worker.finetune.job import FinetuneJob, TrainingSequence, Window
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chunk:
-    """The next `num_tokens` uncomputed tokens of a sequence: one for a decode, more for a piece of a prompt."""
+    """The next `num_tokens` uncomputed tokens of a sequence: one for a decode, else a piece of a prompt."""
 
     sequence: Sequence
     start: int
@@ -55,6 +55,11 @@ def chunk_work(start: int, num_tokens: int) -> Work:
     return Work(window_tokens=num_tokens, pairs=num_tokens * start)
 
 
+def decode_work(sequences: list[Sequence]) -> Work:
+    keys = [sequence.num_computed_tokens + 1 for sequence in sequences]
+    return Work(decodes=len(keys), keys=sum(keys))
+
+
 def window_work(sequence: TrainingSequence, start: int, end: int) -> Work:
     num_tokens = end - start
     pairs = sequence.num_pairs(start, end)
@@ -63,13 +68,15 @@ def window_work(sequence: TrainingSequence, start: int, end: int) -> Work:
 
 @dataclass(slots=True)
 class Batch:
-    """One fused forward over `chunks` and `forwards`, then `backwards` in order, then `optimizer_steps`.
+    """One fused forward over `prompts`, `decodes` and `forwards`, then `backwards` in order, then
+    `optimizer_steps`.
 
     Before all that the keys and values of `parked` jobs go to host memory, then those of jobs `brought_back`
     into their new blocks.
     """
 
-    chunks: list[Chunk] = field(default_factory=list)
+    decodes: list[Sequence] = field(default_factory=list)  # with one uncomputed token each
+    prompts: list[Chunk] = field(default_factory=list)
     forwards: list[JobWindow] = field(default_factory=list)
     backwards: list[JobWindow] = field(default_factory=list)
     optimizer_steps: list[FinetuneJob] = field(default_factory=list)
@@ -77,24 +84,49 @@ class Batch:
     brought_back: list[FinetuneJob] = field(default_factory=list)
     limit_ms: float = 0.0
     predicted_ms: float = 0.0
+    _decode_work: Work | None = None
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        return self.prompts + [Chunk(s, s.num_computed_tokens, 1) for s in self.decodes]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum([chunk.num_tokens for chunk in self.prompts])
 
     @property
     def num_inference_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        return len(self.decodes) + self.num_prompt_tokens
 
     @property
     def num_forward_tokens(self) -> int:
         return sum(work.window.num_tokens for work in self.forwards)
 
     @property
+    def inference_work(self) -> Work:
+        if self._decode_work is None:
+            self._decode_work = decode_work(self.decodes)
+        return sum((chunk.work for chunk in self.prompts), self._decode_work)
+
+    @property
     def forward_work(self) -> Work:
-        chunks = sum((chunk.work for chunk in self.chunks), Work())
-        return sum((forward.work for forward in self.forwards), chunks)
+        return sum((forward.work for forward in self.forwards), self.inference_work)
+
+    @property
+    def has_finetuning(self) -> bool:
+        return bool(self.forwards or self.backwards or self.optimizer_steps)
 
     @property
     def is_empty(self) -> bool:
-        computed = self.chunks or self.forwards or self.backwards or self.optimizer_steps
+        computed = self.decodes or self.prompts or self.has_finetuning
         return not (computed or self.parked or self.brought_back)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Takes out what a preempted sequence would have computed."""
+        if sequence in self.decodes:
+            self.decodes.remove(sequence)
+            self._decode_work = None
+        self.prompts = [chunk for chunk in self.prompts if chunk.sequence is not sequence]
 
 
 @dataclass(frozen=True, slots=True)

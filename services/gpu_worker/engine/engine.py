@@ -242,11 +242,10 @@ class Engine:
         return events
 
     def _stats(self, batch: Batch, timing: Timing) -> IterationStats:
-        decodes = sum(1 for chunk in batch.chunks if chunk.num_tokens == 1)
         backward = sum(work.window.num_tokens for work in batch.backwards)
         return IterationStats(
-            decodes,
-            batch.num_inference_tokens - decodes,
+            len(batch.decodes),
+            batch.num_prompt_tokens,
             batch.num_forward_tokens,
             backward / self.model.config.num_layers,
             batch.limit_ms,

@@ -33,11 +33,11 @@ class MemoryWatch:
             return
         self._looked_s = now_s
         free = self._weights.group.least(free_bytes(self._weights.device))
-        self._scheduler.pressure = self.gauge.observe(free)
-        if self._scheduler.pressure >= Pressure.ON_HOST and self._can_move:
+        pressure = self._scheduler.finetuning.pressure = self.gauge.observe(free)
+        if pressure >= Pressure.ON_HOST and self._can_move:
             for trainer in self._trainers.values():
                 trainer.move_to_host()
-        if self._scheduler.pressure is Pressure.PREEMPTED:
+        if pressure is Pressure.PREEMPTED:
             self._scheduler.preempt_jobs()
             for trainer in self._trainers.values():
                 trainer.release()

@@ -75,7 +75,7 @@ class ModelRunner:
             self._guarded(job.job_id, result, self.trainers[job.job_id].bring_back)
         self._synchronize()
         started = time.perf_counter()
-        if batch.chunks or batch.forwards:
+        if batch.decodes or batch.prompts or batch.forwards:
             self._forward(batch, result)
         self._synchronize()
         forwarded = time.perf_counter()
@@ -160,9 +160,7 @@ class ModelRunner:
 
     def _lay_out(self, batch: Batch, forwards: list[JobWindow]) -> _Rows:
         """Decodes are sorted by adapter, so that those who share one are one run of rows."""
-        prompts = [chunk for chunk in batch.chunks if chunk.num_tokens > 1]
-        decodes = [chunk for chunk in batch.chunks if chunk.num_tokens == 1]
-        decodes.sort(key=lambda chunk: chunk.sequence.adapter or "")
+        decodes = sorted(batch.decodes, key=lambda sequence: sequence.adapter or "")
         offset = 0
 
         def span(num_tokens: int) -> slice:
@@ -172,8 +170,8 @@ class ModelRunner:
 
         return _Rows(
             [(work, span(work.window.num_tokens)) for work in forwards],
-            [(chunk, span(chunk.num_tokens)) for chunk in prompts],
-            [(chunk, span(1)) for chunk in decodes],
+            [(chunk, span(chunk.num_tokens)) for chunk in batch.prompts],
+            [(Chunk(sequence, sequence.num_computed_tokens, 1), span(1)) for sequence in decodes],
         )
 
     def _context(self, rows: _Rows) -> tuple[Tensor, ForwardContext]:
@@ -193,16 +191,15 @@ class ModelRunner:
             windows.append(_shifted(trainer.paged(window), span.start))
             if not work.sequence.evaluation:
                 captures.append(Capture(span, trainer.store, window.start))
+        windows += [self._prompt_window(chunk, span) for chunk, span in rows.prompts]
         flat: list[int] = []
         places: list[int] = []
-        for chunk, span in rows.chunks:
+        for chunk, _ in rows.chunks:
             table, end = chunk.sequence.block_table, chunk.start + chunk.num_tokens
             flat += chunk.sequence.tokens[chunk.start : end]
             places += range(chunk.start, end)
             blocks += [table[i // size] for i in range(chunk.start, end)]
             offsets += [i % size for i in range(chunk.start, end)]
-            if chunk.num_tokens > 1:
-                windows.append(self._prompt_window(chunk, span))
         tokens.append(torch.tensor(flat, dtype=torch.int64, device=self.device))
         positions.append(torch.tensor(places, dtype=torch.int64, device=self.device))
         runs = self._adapter_runs(rows)

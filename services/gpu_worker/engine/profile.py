@@ -77,8 +77,14 @@ def _fastest(work: Callable[[], object], group: Group) -> float:
 def _forward(runner: ModelRunner, num_sequences: int, start: int, end: int) -> None:
     """The tokens [start, end) of each sequence; they share their blocks, for values do not matter."""
     blocks = list(range(-(-end // runner.cache.block_size)))
-    sequences = [Sequence("profile", [0] * end, end, block_table=blocks) for _ in range(num_sequences)]
-    runner.run(Batch(chunks=[Chunk(sequence, start, end - start) for sequence in sequences]))
+    sequences = [
+        Sequence("profile", [0] * end, end, block_table=blocks, num_computed_tokens=start)
+        for _ in range(num_sequences)
+    ]
+    if end - start == 1:
+        runner.run(Batch(decodes=sequences))
+    else:
+        runner.run(Batch(prompts=[Chunk(sequence, start, end - start) for sequence in sequences]))
 
 
 def _loss(runner: ModelRunner, num_tokens: int) -> None:

@@ -7,17 +7,23 @@ sequence's next token is due. Decides without tensors. Source: FlexLLM (arXiv 24
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from bisect import insort_left, insort_right
 from dataclasses import dataclass
+from itertools import chain, islice
 
-from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Sampled, chunk_work, window_work
+from services.gpu_worker.engine.batch import Batch, Chunk, Sampled, chunk_work, decode_work
 from services.gpu_worker.engine.block_manager import BlockManager
+from services.gpu_worker.engine.finetune_scheduler import FinetuneScheduler
 from services.gpu_worker.engine.job_blocks import JobBlocks
 from services.gpu_worker.engine.latency import LatencyModel, Work, largest
+from services.gpu_worker.engine.limits import Limits
 from services.gpu_worker.engine.pressure import Pressure
 from services.gpu_worker.engine.sequence import Sequence
-from services.gpu_worker.finetune.job import FinetuneJob, Phase
+from services.gpu_worker.engine.sharing import SharingName, Turn, make_sharing
+from services.gpu_worker.engine.slo import FLEX
+from services.gpu_worker.finetune.job import FinetuneJob
+
+BACKLOG = 16  # prompts that finetuning leaves time for
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,8 @@ class SchedulerConfig:
     idle_ms: float = 250.0  # longest iteration when nobody waits: an arrival waits at most this
     margin: float = 0.9  # share of the slack that is planned for
     patience: int = 10  # iterations without finetuning before a smallest window is taken regardless
+    sharing: SharingName = "coserve"
+    period: int = 64  # of temporal sharing, iterations
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +55,25 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self.latency = latency
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # sorted by _urgency
         self.running: list[Sequence] = []
-        self.jobs: list[FinetuneJob] = []
-        self.pressure = Pressure.NONE
+        self.num_preempted = 0  # sequences, since the start
         self._job_blocks = JobBlocks(blocks)
-        self._starved = 0  # iterations in a row in which jobs got nothing
+        self.finetuning = FinetuneScheduler(
+            self._job_blocks, config.finetune_window, config.min_window, config.patience
+        )
+        self._sharing = make_sharing(config.sharing, config.period)
+
+    @property
+    def jobs(self) -> list[FinetuneJob]:
+        return self.finetuning.jobs
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self.jobs)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        insort_right(self.waiting, sequence, key=_urgency)
 
     def abort(self, sequence: Sequence) -> None:
         """Forgets a sequence and frees its blocks."""
@@ -70,12 +84,10 @@ class Scheduler:
         self._release(sequence)
 
     def add_job(self, job: FinetuneJob) -> None:
-        job.served_tokens = min((other.served_tokens for other in self.jobs), default=0.0)
-        self.jobs.append(job)
+        self.finetuning.add(job)
 
     def remove_job(self, job: FinetuneJob) -> None:
-        self.jobs.remove(job)
-        self._job_blocks.free(job)
+        self.finetuning.remove(job)
 
     def preempt_jobs(self) -> None:
         """Every job gives up its blocks and the step that it has in hand."""
@@ -85,56 +97,55 @@ class Scheduler:
     # --- one iteration
 
     def schedule(self, now_s: float) -> Batch:
-        batch = Batch(limit_ms=self._limit_ms(now_s))
-        self._schedule_running(batch)
-        self._schedule_waiting(batch)
-        batch.predicted_ms = self.latency.forward_ms(batch.forward_work)
-        if self.jobs and self.pressure < Pressure.PAUSED:
-            batch.limit_ms = min(batch.limit_ms, self._catch_up_limit_ms(batch, now_s))
-            self._schedule_finetuning(batch)
+        decodes = [s for s in self.running if len(s.tokens) - s.num_computed_tokens == 1]
+        limits = Limits.of(decodes, now_s, self.config.idle_ms, self.config.margin)
+        batch = Batch(limit_ms=limits.all_ms)
+        has_requests = bool(self.running or self.waiting)
+        turn = self._sharing.turn(has_requests, bool(self.jobs), limits.is_late)
+        if turn is not Turn.FINETUNING:
+            self._schedule_decodes(batch, decodes, limits, now_s)
+            self._schedule_prompts(batch, limits)
+            self._schedule_waiting(batch, limits)
+        batch.predicted_ms = self.latency.forward_ms(batch.inference_work)
+        if self.jobs and self.finetuning.pressure < Pressure.PAUSED:
+            if turn is Turn.BOTH:
+                batch.limit_ms = min(batch.limit_ms, self._backlog_limit_ms(batch, now_s))
+                self.finetuning.fill(batch, self.latency, forced=not has_requests)
+            elif turn is Turn.FINETUNING:
+                self.finetuning.fill_with_a_sequence(batch, self.latency)
         return batch
 
     def update(self, batch: Batch, sampled: list[Sampled], now_s: float) -> list[Progress]:
         """Counts what was computed; returns the sequences that got a token or came to their end."""
-        for chunk in batch.chunks:
-            sequence = chunk.sequence
-            sequence.num_computed_tokens += chunk.num_tokens
-            if sequence.cache_seed is not None:
-                computed = sequence.tokens[: sequence.num_computed_tokens]
-                self.blocks.register(
-                    sequence.cache_seed, computed, sequence.block_table, sequence.block_hashes
-                )
+        for sequence in batch.decodes:
+            sequence.num_computed_tokens += 1
+            self._register(sequence)
+        for chunk in batch.prompts:
+            chunk.sequence.num_computed_tokens += chunk.num_tokens
+            self._register(chunk.sequence)
         for job in batch.optimizer_steps:
             job.complete_step()
             self._job_blocks.free(job)  # so that jobs take turns where memory holds one of them
         return [self._advance(item, now_s) for item in sampled]
 
-    def slack_beside_decodes_ms(self, tpot_slo_ms: float) -> float:
+    def slack_beside_decodes_ms(self, tpot_ms: float) -> float:
         """What as many decodes as may run, half way through their contexts, leave of the time between tokens."""
         decodes = self.config.max_num_seqs
         work = Work(decodes=decodes, keys=decodes * self.config.max_model_len // 2)
-        return self.config.margin * tpot_slo_ms - self.latency.forward_ms(work)
+        return self.config.margin * tpot_ms - self.latency.forward_ms(work)
 
-    def _limit_ms(self, now_s: float) -> float:
-        """How long this iteration may take: until the most urgent decode is due, or the idle bound.
-
-        Whoever is late with a prompt is not helped by smaller pieces of it, so prompts set no limit here.
-        """
-        slack_ms = [(s.deadline_s() - now_s) * 1000 for s in self.running if s.num_uncomputed_tokens == 1]
-        return self.config.margin * max(0.0, min([*slack_ms, self.config.idle_ms]))
-
-    def _catch_up_limit_ms(self, batch: Batch, now_s: float) -> float:
-        """When finetuning has to stop so that those who catch up with their prompts are in time."""
-        scheduled = {chunk.sequence: chunk.num_tokens for chunk in batch.chunks}
-        limit_ms = self.config.idle_ms
-        for sequence in (*self.running, *self.waiting):
-            if sequence.num_uncomputed_tokens > 1 or sequence not in scheduled:
-                done = sequence.num_computed_tokens + scheduled.get(sequence, 0)
-                slack_ms = (sequence.deadline_s() - now_s) * 1000
-                limit_ms = min(limit_ms, slack_ms - self._catch_up_ms(done, sequence.num_tokens))
+    def _backlog_limit_ms(self, batch: Batch, now_s: float) -> float:
+        """When finetuning has to stop so that those who wait for a first token, one after the other, get it in
+        time."""
+        scheduled = {id(chunk.sequence): chunk.num_tokens for chunk in batch.prompts}
+        limit_ms, backlog_ms = self.config.idle_ms, 0.0
+        for sequence in islice(chain(self._prompts(), self.waiting), BACKLOG):
+            done = sequence.num_computed_tokens + scheduled.get(id(sequence), 0)
+            backlog_ms += self._prompt_ms(done, sequence.num_tokens)
+            limit_ms = min(limit_ms, (sequence.deadline_s() - now_s) * 1000 - backlog_ms)
         return self.config.margin * max(0.0, limit_ms)
 
-    def _catch_up_ms(self, start: int, end: int) -> float:
+    def _prompt_ms(self, start: int, end: int) -> float:
         """How long the tokens [start, end) of a sequence take in pieces as large as an iteration takes them."""
         piece = self.config.max_num_batched_tokens
         starts = range(start, end, piece)
@@ -142,82 +153,125 @@ class Scheduler:
 
     # --- inference
 
-    def _schedule_running(self, batch: Batch) -> None:
-        """Decodes first, so that no prompt takes their tokens."""
-        for sequence in sorted(self.running, key=lambda s: s.num_uncomputed_tokens > 1):
+    def _schedule_decodes(self, batch: Batch, decodes: list[Sequence], limits: Limits, now_s: float) -> None:
+        """One token of each; of flexible ones, while they have time, no more than leave the others in time."""
+        if len(decodes) > self.config.max_num_batched_tokens:
+            decodes = sorted(decodes, key=Sequence.deadline_s)[: self.config.max_num_batched_tokens]
+        batch.decodes = decodes
+        if limits.has_flexible:
+            late = [s for s in decodes if s.deadline_s() <= now_s]
+            others = [s for s in decodes if s.slo.rank < FLEX or s in late]
+            flexible = [s for s in decodes if s.slo.rank == FLEX and s not in late]
+            limit_ms = limits.by_rank[FLEX - 1]
+            fitting = largest(
+                len(flexible),
+                lambda n: self.latency.forward_ms(decode_work(others + flexible[:n])) <= limit_ms,
+            )
+            batch.decodes = others + flexible[:fitting]
+        size = self.blocks.block_size
+        for sequence in [s for s in batch.decodes if len(s.block_table) * size < len(s.tokens)]:
             if sequence in self.running:  # else it was preempted for another
-                self._schedule_sequence(batch, sequence)
+                self._grow(batch, sequence, sequence.num_tokens)
 
-    def _schedule_waiting(self, batch: Batch) -> None:
-        """First come, first served: nobody overtakes a sequence that does not fit."""
-        while self.waiting and len(self.running) < self.config.max_num_seqs:
-            sequence = self.waiting[0]
-            if self._room(batch) <= 0 or not self._admit(sequence):
-                return
-            self.waiting.popleft()
+    def _prompts(self) -> list[Sequence]:
+        return [s for s in self.running if len(s.tokens) - s.num_computed_tokens > 1]
+
+    def _schedule_prompts(self, batch: Batch, limits: Limits) -> None:
+        for sequence in sorted(self._prompts(), key=_rank):
+            if sequence in self.running:  # else it was preempted for another
+                self._schedule_piece(batch, sequence, limits)
+
+    def _schedule_waiting(self, batch: Batch, limits: Limits) -> None:
+        """By rank, then first come, first served: nobody overtakes a sequence that does not fit."""
+        while self.waiting and self._room(batch) > 0 and self._admit(batch, self.waiting[0]):
+            sequence = self.waiting.pop(0)
             self.running.append(sequence)
-            if not self._schedule_sequence(batch, sequence):
+            if not self._schedule_piece(batch, sequence, limits):
                 return
 
     def _room(self, batch: Batch) -> int:
         return self.config.max_num_batched_tokens - batch.num_inference_tokens
 
-    def _schedule_sequence(self, batch: Batch, sequence: Sequence) -> bool:
-        """Adds the sequence's next tokens: a decode always, of prompts what fits, but together not too little."""
-        num_tokens = min(sequence.num_uncomputed_tokens, self._room(batch))
-        if num_tokens > 1:
-            beside, start = batch.forward_work, sequence.num_computed_tokens
-            fitting = self._largest_beside(beside, batch.limit_ms, num_tokens, lambda n: chunk_work(start, n))
-            least = max(0, self.config.min_prompt_tokens - beside.window_tokens)
-            num_tokens = max(fitting, min(num_tokens, least))
-        if num_tokens <= 0 or not self._grow(batch, sequence, sequence.num_computed_tokens + num_tokens):
+    def _schedule_piece(self, batch: Batch, sequence: Sequence, limits: Limits) -> bool:
+        """Adds the prompt's next tokens: what fits, but of all prompts together not too little."""
+        start = sequence.num_computed_tokens
+        most = min(sequence.num_uncomputed_tokens, self._room(batch))
+        beside, limit_ms = batch.inference_work, limits.by_rank[sequence.slo.rank]
+        fitting = largest(most, lambda n: self.latency.forward_ms(beside + chunk_work(start, n)) <= limit_ms)
+        least = max(0, self.config.min_prompt_tokens - beside.window_tokens)
+        num_tokens = max(fitting, min(most, least))
+        if num_tokens <= 0 or not self._grow(batch, sequence, start + num_tokens):
             return False
-        batch.chunks.append(Chunk(sequence, sequence.num_computed_tokens, num_tokens))
+        batch.prompts.append(Chunk(sequence, start, num_tokens))
         return True
 
-    def _largest_beside(self, beside: Work, limit_ms: float, most: int, work: Callable[[int], Work]) -> int:
-        """The most tokens n whose `work(n)` fits into one forward with the work `beside` it."""
-        return largest(most, lambda n: self.latency.forward_ms(beside + work(n)) <= limit_ms)
-
-    def _admit(self, sequence: Sequence) -> bool:
-        """Takes what the prefix cache has; False where the rest of the prompt would not fit."""
+    def _admit(self, batch: Batch, sequence: Sequence) -> bool:
+        """Takes what the prefix cache has; False where there is no place, or no memory for the rest."""
+        is_full = len(self.running) >= self.config.max_num_seqs
+        if is_full and not self._preempt_for(batch, sequence):
+            return False
         if sequence.cache_seed is not None and sequence.sampling.prompt_logprobs is None:
             blocks, hashes = self.blocks.match_prefix(sequence.cache_seed, sequence.tokens)
             sequence.block_table, sequence.block_hashes = blocks, hashes
         needed = self.blocks.blocks_for(sequence.num_tokens) - len(sequence.block_table)
         reclaimable = sum(len(job.blocks) for job in self.jobs)
-        if needed > self.blocks.num_free_blocks + reclaimable:
-            self._release(sequence)
-            return False
+        while needed > self.blocks.num_free_blocks + reclaimable:
+            if not self._preempt_for(batch, sequence):
+                self._release(sequence)
+                return False
         sequence.num_computed_tokens = len(sequence.block_table) * self.blocks.block_size
         if sequence.num_output_tokens == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
         return True
 
+    def _preempt_for(self, batch: Batch, sequence: Sequence) -> bool:
+        """Only flexible sequences give way to others; False where there is none."""
+        victim = self._newest_of_highest_rank()
+        if victim is None or victim.slo.rank < FLEX or sequence.slo.rank == FLEX:
+            return False
+        self._preempt(batch, victim)
+        return True
+
+    def _newest_of_highest_rank(self) -> Sequence | None:
+        return max(reversed(self.running), key=_rank, default=None)
+
     def _grow(self, batch: Batch, sequence: Sequence, num_tokens: int) -> bool:
-        """Blocks for the first `num_tokens`; takes them from jobs, then from the newest sequences."""
+        """Blocks for the first `num_tokens`; takes them from jobs, then from sequences, and returns False where
+        this one was the next to give its own."""
         needed = self.blocks.blocks_for(num_tokens) - len(sequence.block_table)
         while not self.blocks.can_allocate(needed):
             if self._job_blocks.reclaim(self.jobs, batch):
                 continue
-            victim = self.running[-1]
-            self._preempt(victim)
-            batch.chunks = [chunk for chunk in batch.chunks if chunk.sequence is not victim]
+            victim = self._newest_of_highest_rank()
+            assert victim is not None, "a sequence that grows is running"
+            self._preempt(batch, victim)
             if victim is sequence:
                 return False
-        sequence.block_table += self.blocks.allocate(max(0, needed))
+        if needed > 0:
+            sequence.block_table += self.blocks.allocate(needed)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; computed again later, from what the prefix cache still has."""
+    def _preempt(self, batch: Batch, sequence: Sequence) -> None:
+        """Back to the head of its rank; computed again later, from what the prefix cache still has."""
+        self.num_preempted += 1
+        batch.drop(sequence)
         self.running.remove(sequence)
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        insort_left(self.waiting, sequence, key=_urgency)
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.free(sequence.block_table)
         sequence.block_table, sequence.block_hashes = [], []
         sequence.num_computed_tokens = 0
+
+    def _register(self, sequence: Sequence) -> None:
+        """Makes blocks that have become full findable."""
+        num_computed = sequence.num_computed_tokens
+        if sequence.cache_seed is not None and num_computed // self.blocks.block_size > len(
+            sequence.block_hashes
+        ):
+            computed = sequence.tokens[:num_computed]
+            self.blocks.register(sequence.cache_seed, computed, sequence.block_table, sequence.block_hashes)
 
     def _advance(self, item: Sampled, now_s: float) -> Progress:
         sequence, sampling = item.sequence, item.sequence.sampling
@@ -227,6 +281,8 @@ class Scheduler:
             return self._finish(sequence, None, "stop")
         sequence.tokens.append(item.token)
         sequence.last_token_s = now_s
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
         full = sequence.num_tokens >= self.config.max_model_len
         if full or sequence.num_output_tokens >= sampling.max_tokens:
             return self._finish(sequence, item, "length")
@@ -236,70 +292,10 @@ class Scheduler:
         self.abort(sequence)
         return Progress(sequence, item, reason)
 
-    # --- finetuning
 
-    def _schedule_finetuning(self, batch: Batch) -> None:
-        """Least served job first; each adds work until the iteration is full."""
-        forced = self._starved >= self.config.patience or not (self.running or self.waiting)
-        for job in sorted(self.jobs, key=lambda job: job.served_tokens):
-            if job.parked and not self._job_blocks.bring_back(job, batch):
-                continue
-            if job.phase is Phase.FORWARD:
-                self._add_forward(batch, job, forced)
-            if job.phase is Phase.BACKWARD:
-                self._add_backwards(batch, job, forced)
-            if job.phase is Phase.OPTIMIZER and self._fits(batch, self.latency.optimizer_ms, forced):
-                batch.optimizer_steps.append(job)
-                batch.predicted_ms += self.latency.optimizer_ms
-        idle = not (batch.forwards or batch.backwards or batch.optimizer_steps)
-        self._starved = self._starved + 1 if idle else 0
+def _rank(sequence: Sequence) -> int:
+    return sequence.slo.rank
 
-    def _fits(self, batch: Batch, cost_ms: float, forced: bool) -> bool:
-        return forced or batch.predicted_ms + cost_ms <= batch.limit_ms
 
-    @property
-    def _largest_window(self) -> int:
-        return self.config.finetune_window if self.pressure is Pressure.NONE else self.config.min_window
-
-    def _add_forward(self, batch: Batch, job: FinetuneJob, forced: bool) -> None:
-        if job.position == 0 and not self._job_blocks.reserve(job):
-            return
-        sequence, evaluating, start, beside = job.sequence, job.evaluating, job.position, batch.forward_work
-        others_ms = batch.predicted_ms - self.latency.forward_ms(beside)
-        most = min(job.remaining_forward, self._largest_window)
-        size = self._largest_beside(
-            beside, batch.limit_ms - others_ms, most, lambda n: window_work(sequence, start, start + n)
-        )
-        size = self._acceptable(size, most, forced)
-        if not size:
-            return
-        window = job.next_forward(size)
-        job.complete(window)
-        batch.forwards.append(JobWindow(job, sequence, window, evaluating and not job.evaluating))
-        batch.predicted_ms = others_ms + self.latency.forward_ms(batch.forward_work)
-
-    def _add_backwards(self, batch: Batch, job: FinetuneJob, forced: bool) -> None:
-        sequence = job.sequence
-        while job.phase is Phase.BACKWARD:
-            most = min(job.position, self._largest_window)
-            size = self._largest_backward(job, batch.limit_ms - batch.predicted_ms, most)
-            size = self._acceptable(size, most, forced and not batch.backwards)
-            if not size:
-                return
-            work = JobWindow(job, sequence, job.next_backward(size))
-            job.complete(work.window)
-            batch.backwards.append(work)
-            batch.predicted_ms += self.latency.backward_ms(work.work)
-
-    def _largest_backward(self, job: FinetuneJob, budget_ms: float, most: int) -> int:
-        sequence, end = job.sequence, job.position
-        return largest(
-            most, lambda n: self.latency.backward_ms(window_work(sequence, end - n, end)) <= budget_ms
-        )
-
-    def _acceptable(self, size: int, most: int, forced: bool) -> int:
-        """`size`, or nothing where it is a crumb; the smallest window where a job has waited too long."""
-        smallest = min(self.config.min_window, most)
-        if size >= smallest:
-            return size
-        return smallest if forced else 0
+def _urgency(sequence: Sequence) -> tuple[int, float]:
+    return sequence.slo.rank, sequence.arrival_s

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NUM_RANKS = 3
+FLEX = 2  # the rank of those who wait even for a next token, while they have time
+
 
 @dataclass(frozen=True, slots=True)
 class SLO:
     tpot_ms: float  # time per output token
     ttft_ms: float  # time to first token
-    rank: int = 1  # of two requests the one with the higher rank yields
+    rank: int = 1  # in range(NUM_RANKS): of two requests the one with the higher rank yields
 
 
 DEFAULT_TIER = "default"

@@ -115,6 +115,7 @@ class FinetuneJob:
     can_park: bool = False  # host memory has room for its keys and values
     parked: bool = False  # they are there, and the job waits for blocks
     restarts: int = 0  # how often a step in hand was given up
+    tenant: str = ""  # whose jobs share one turn; "": the job's own
     served_tokens: float = 0.0  # token-layers computed per weight, for the fair share among jobs
 
     def __post_init__(self) -> None:
