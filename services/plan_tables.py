@@ -11,7 +11,7 @@ from rich.text import Text
 
 from services.gpu_worker.compiler.plan import TensorPlan, TensorState
 from services.gpu_worker.model.peft import Ia3Config, LoraConfig, Method, PrefixConfig, PromptConfig
-from services.gpu_worker.plan import CandidatePlan, MemoryPlan, Plan
+from services.gpu_worker.plan import MemoryPlan, Plan
 from services.gpu_worker.planner import HARDWARE
 from services.gpu_worker.savings import Step
 
@@ -260,14 +260,8 @@ def _parallel(plan: Plan) -> Table:
                 ", ".join(candidate.step_collectives) or "-",
                 f"{candidate.cost_us_per_iteration:,.1f}",
                 size(candidate.trainable_bytes_per_rank),
-                _mark(candidate),
-                style="bold green" if candidate.is_cheapest else "",
+                "chosen" if candidate.is_chosen else "",
+                style="bold green" if candidate.is_chosen else "",
             )
         table.add_section()
     return table
-
-
-def _mark(candidate: CandidatePlan) -> str:
-    if candidate.is_cheapest:
-        return "chosen" if candidate.is_executed else "cheapest"
-    return "executed" if candidate.is_executed else ""

@@ -40,6 +40,8 @@ from services.gpu_worker.model.context import (
     PagedWindow,
     WindowPart,
 )
+from services.gpu_worker.model.layouts import ONE_RANK, Layout
+from services.gpu_worker.model.parallel import Group, shard_config
 from services.gpu_worker.model.peft import HEAD, LoraConfig, Method, projections
 from services.gpu_worker.model.transformer import Transformer
 from services.gpu_worker.model.weights import MakeLinear, ModelWeights, build_weights
@@ -98,12 +100,19 @@ def second_layout_bytes(config: ModelConfig, dtype: torch.dtype, form: Form) -> 
 
 
 def trainable_bytes(
-    config: ModelConfig, method: Method, dtype: torch.dtype, of: Callable[[TrainableParameters], int]
+    whole: ModelConfig,
+    method: Method,
+    dtype: torch.dtype,
+    of: Callable[[TrainableParameters], int],
+    layout: Layout = ONE_RANK,
 ) -> int:
-    """What `of` says of the parameters in training."""
-    return _of_all_layers(
-        config, lambda c: of(TrainableParameters(fake_weights(c, dtype), method, JobConfig()))
-    )
+    """What `of` says of the parameters in training, of one of the layout's ranks."""
+
+    def measure(config: ModelConfig) -> int:
+        weights = rank_weights(config, dtype, "none", layout.tp)
+        return of(TrainableParameters(weights, method, JobConfig(), layout))
+
+    return _of_all_layers(whole, measure)
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -134,6 +143,35 @@ def fake_weights(config: ModelConfig, dtype: torch.dtype, form: Form = "none") -
         return torch.empty(shape, dtype=_stand_in(dtype))
 
     return build_weights(config, fetch, FORMS[form])
+
+
+class SilentGroup(Group):
+    """A rank of a group that does not exist: what the others would send has the right shape and no values."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
+        return x
+
+    def all_reduce_(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, dim: int, total: int) -> Tensor:
+        return x.new_empty([total if i == dim else size for i, size in enumerate(x.shape)])
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        return self.part(x, dim).clone()
+
+    def all_to_all(self, x: Tensor, split_dim: int, join_dim: int, total: int) -> Tensor:
+        return self.all_gather(self.part(x, split_dim), join_dim, total)
+
+
+def rank_weights(whole: ModelConfig, dtype: torch.dtype, form: Form, tp: int) -> ModelWeights:
+    """Of one of `tp` ranks; within a FakeTensorMode."""
+    own = fake_weights(shard_config(whole, tp), dtype, form)
+    return replace(own, whole=whole, group=SilentGroup(tp)) if tp > 1 else own
 
 
 def prepare_forms() -> None:
@@ -189,8 +227,9 @@ class _WindowRun:
         self.policies, self.method, self.dtype = policies, compiled.method, _stand_in(compiled.dtype)
         self.start, self.rows = num_tokens - window, window
         self.dropout = Dropout(dropout, "") if dropout else None
-        self.model = Transformer(fake_weights(config, compiled.dtype, form), num_tokens)
-        self.parameters = TrainableParameters(self.model.weights, self.method, JobConfig())
+        whole, layout = replace(compiled.whole, num_layers=1), compiled.layout
+        self.model = Transformer(rank_weights(whole, compiled.dtype, form, layout.tp), num_tokens)
+        self.parameters = TrainableParameters(self.model.weights, self.method, JobConfig(), layout)
         num_blocks = -(-num_tokens // BLOCK_SIZE)
         heads = config.num_kv_heads, config.head_dim
         self.cache = KVCache(1, num_blocks, BLOCK_SIZE, *heads, self.dtype, CPU)
@@ -216,7 +255,8 @@ class _WindowRun:
     def forward(self) -> int:
         capture = Capture(slice(0, self.rows), self.store, self.start)
         run = self._adapter_run(capture)
-        programs = ForwardPrograms(self.policies.compiled.config)
+        compiled = self.policies.compiled
+        programs = ForwardPrograms(compiled.whole, compiled.layout.tp)
         batch = ForwardContext(
             positions=torch.empty(self.rows, dtype=torch.int64),
             slots=torch.empty(self.rows * self.model.config.num_kv_heads, dtype=torch.int64),
@@ -227,9 +267,9 @@ class _WindowRun:
         )
         with LiveBytes() as live:
             x = torch.empty(self.rows, self.model.config.hidden_size, dtype=self.dtype)
-            batch.program(
-                x, self.model.weights.layers[0], LayerContext(0, self._rotation(), self.cache, batch)
-            )
+            weights = self.model.weights
+            context = LayerContext(0, self._rotation(), self.cache, batch, weights.group)
+            batch.program(x, weights.layers[0], context)
         return int(live.peak)
 
     def loss(self) -> int:
@@ -249,14 +289,14 @@ class _WindowRun:
 
     def backward(self, layer: int) -> int:
         tokens = slice(self.start, self.start + self.rows)
-        program = self.policies.program(layer)
+        program, group = self.policies.program(layer), self.model.weights.group
         with LiveBytes() as live:
             keys, values = self.cache.gather(0, self.paged.pages, 1)
             run, rotation = self._adapter_run(None), self._rotation()
             program(
                 self.state.dx[tokens],
                 self.model.weights.layers[0],
-                BackwardContext(0, tokens, rotation, self.paged, run, keys, values, self.state),
+                BackwardContext(0, tokens, rotation, self.paged, run, keys, values, self.state, group),
                 self.parameters.weights.layers[0],
                 self.parameters.accumulators[0],
                 self.store.window(0, tokens),

@@ -90,8 +90,7 @@ class CandidatePlan:
     site: str
     targets: tuple[str, ...]
     name: str
-    is_cheapest: bool
-    is_executed: bool  # by the engine
+    is_chosen: bool  # the cheapest, which is what ranks execute
     forward_collectives: tuple[str, ...]
     backward_collectives: tuple[str, ...]
     step_collectives: tuple[str, ...]

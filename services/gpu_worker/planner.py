@@ -10,7 +10,7 @@ from itertools import groupby
 from services.gpu_worker.baseline import BaselineUnavailable
 from services.gpu_worker.compiler.flops import backward_flops, forward_flops, head_flops
 from services.gpu_worker.compiler.parallel_cost import A100_NVLINK, CPU_GLOO, H200_NVLINK, Hardware, Workload
-from services.gpu_worker.compiler.parallelize import BypassPlan, parallelize
+from services.gpu_worker.compiler.parallelize import BypassPlan, ParallelPlan, parallelize
 from services.gpu_worker.compiler.plan import TensorPlan, num_backward_operations, tensor_plans
 from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.compiler.rematerialize import Policy, policy_keeping
@@ -28,8 +28,9 @@ from services.gpu_worker.dry_run import (
 )
 from services.gpu_worker.finetune.policies import LayerPolicies, fit
 from services.gpu_worker.model.config import ModelConfig, UnsupportedModel
-from services.gpu_worker.model.parameters import parameters
+from services.gpu_worker.model.layouts import ONE_RANK, Layout
 from services.gpu_worker.model.peft import check_method, num_virtual_tokens
+from services.gpu_worker.model.shards import rank_parameters
 from services.gpu_worker.plan import (
     AdapterPlan,
     CandidatePlan,
@@ -60,8 +61,8 @@ class Planner:
         check_method(request.method, self.config)
         self._check_lengths()
         prepare_forms()
-        self.compiled = self._compile(1)
-        self.of_rank = self._compile(request.tensor_parallel)
+        self.compiled = self._compile(ONE_RANK)
+        self.of_rank = self._compile(self.parallel.layout)
         self.sizes = Sizes.of(self.config, request.sequence_tokens)
 
     def _check_lengths(self) -> None:
@@ -72,7 +73,7 @@ class Planner:
                 f"method takes {num_virtual_tokens(request.method)}"
             )
 
-    def _compile(self, tp: int) -> CompiledMethod:
+    def _compile(self, layout: Layout) -> CompiledMethod:
         request = self.request
         return CompiledMethod(
             self.config,
@@ -80,7 +81,7 @@ class Planner:
             dtype=request.dtype,
             sequence_length=request.sequence_tokens,
             dropout=request.dropout > 0,
-            tp=tp,
+            layout=layout,
         )
 
     @property
@@ -231,13 +232,13 @@ class Planner:
             return 0
         return second_layout_bytes(config, request.dtype, request.quantise)
 
-    def adapter(self, config: ModelConfig | None = None) -> AdapterPlan:
-        """Of the whole model, or of a rank's `config`."""
-        config, method, dtype = config or self.config, self.request.method, self.request.dtype
-        number = sum(parameter.numel for parameter in parameters(config, method))
-        weights = trainable_bytes(config, method, dtype, lambda own: own.weights.size_bytes)
-        gradient = trainable_bytes(config, method, dtype, lambda own: own.grad.nbytes)
-        total = trainable_bytes(config, method, dtype, lambda own: own.size_bytes)
+    def adapter(self, layout: Layout = ONE_RANK) -> AdapterPlan:
+        """Of the whole model, or of one of a layout's ranks."""
+        config, method, dtype = self.config, self.request.method, self.request.dtype
+        number = sum(parameter.numel for parameter in rank_parameters(config, method, layout))
+        weights = trainable_bytes(config, method, dtype, lambda own: own.weights.size_bytes, layout)
+        gradient = trainable_bytes(config, method, dtype, lambda own: own.grad.nbytes, layout)
+        total = trainable_bytes(config, method, dtype, lambda own: own.size_bytes, layout)
         return AdapterPlan(number, weights, gradient, total - weights - gradient)
 
     def baselines(self) -> tuple[list[Step], str | None]:
@@ -263,18 +264,21 @@ class Planner:
 
     # --- several ranks
 
-    def candidates(self) -> list[CandidatePlan]:
+    @cached_property
+    def parallel(self) -> ParallelPlan:
         request = self.request
         workload = Workload(tokens=self.window, element_size=request.dtype.itemsize)
         hardware = HARDWARE[request.hardware]
-        found = parallelize(self.config, request.method, request.tensor_parallel, hardware, workload)
-        return [candidate for bypass in found.plans for candidate in candidate_plans(bypass)]
+        return parallelize(self.config, request.method, request.tensor_parallel, hardware, workload)
+
+    def candidates(self) -> list[CandidatePlan]:
+        return [candidate for bypass in self.parallel.plans for candidate in candidate_plans(bypass)]
 
     def rank(self) -> RankPlan:
         request, config = self.request, self.of_rank.config
         weights = weight_bytes(config, request.dtype, request.quantise)
         memory = self.memory(self.rank_policies)
-        return RankPlan(weights, self._second_layout(config), self.adapter(config), memory)
+        return RankPlan(weights, self._second_layout(config), self.adapter(self.of_rank.layout), memory)
 
 
 def candidate_plans(bypass: BypassPlan) -> list[CandidatePlan]:
@@ -283,8 +287,7 @@ def candidate_plans(bypass: BypassPlan) -> list[CandidatePlan]:
             site=bypass.site.name,
             targets=bypass.site.targets,
             name=candidate.name,
-            is_cheapest=candidate is bypass.chosen,
-            is_executed=candidate.is_executed,
+            is_chosen=candidate is bypass.chosen,
             forward_collectives=tuple(map(str, candidate.forward_collectives)),
             backward_collectives=tuple(map(str, candidate.backward_collectives)),
             step_collectives=tuple(f"{step.collective} of {step.subject}" for step in candidate.steps),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,172 +13,161 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
-from torch.nn.functional import silu
 
-from services.gpu_worker.compiler.parallel_sites import Operation, Site
+from services.gpu_worker.compiler.parallel_sites import bypass_sites
 from services.gpu_worker.compiler.parallelize import compositions
-from services.gpu_worker.model.layouts import (
-    COLUMN,
-    INSIDE,
-    LINEAR,
-    ROW,
-    STREAM,
-    Attachment,
-    Composition,
-    Split,
-    State,
-)
-from services.gpu_worker.model.parallel import Group, rank_major_rows
-from services.gpu_worker.model.parallel_lora import lora_backward, lora_forward, reduce_gradients_
+from services.gpu_worker.compiler.programs import ForwardPrograms
+from services.gpu_worker.finetune.job import JobConfig
+from services.gpu_worker.kernels.attention import causal_mask
+from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.model.adapters import AdapterWeights
+from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.context import AdapterRun, ForwardContext, PagedWindow, WindowPart
+from services.gpu_worker.model.layouts import ONE_RANK, Composition, Layout
+from services.gpu_worker.model.parallel import Group
+from services.gpu_worker.model.peft import BottleneckConfig, LoraConfig, Method
+from services.gpu_worker.model.transformer import Transformer
+from tests.gpu_worker.engines import TARGETS
+from tests.gpu_worker.training import advance, make_dataset, make_trainer, make_transformer
 
-ROWS, INPUTS, RANK, OUTPUTS = 7, 16, 3, 8  # tokens that no group shares evenly
-BLOCKS = (8, 4, 4)  # rows of a fused linear's projections
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-ATTACHMENTS = {"column": COLUMN, "row": ROW, "inside": INSIDE, "stream": STREAM}
+LENGTHS = [7, 6]  # tokens that no group shares evenly
+WINDOWS = (5, 1, 3)  # some shorter than a group
+ROWS = (1, 3, 6)  # of a served sequence
 
 
-def on_ranks(compute: Callable[[Group], Any], size: int) -> list[Any]:
-    """What `compute`, a function of a module, returns on each of `size` new processes."""
+def on_ranks(compute: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+    """What `compute`, a function of a module, returns of its group and `args` on each of `size` new processes."""
     with tempfile.TemporaryDirectory(prefix="flexllm-ranks-") as folder:
-        torch.multiprocessing.spawn(_rank, (compute, size, Path(folder)), nprocs=size)
+        torch.multiprocessing.spawn(_rank, (compute, size, Path(folder), args), nprocs=size)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def _rank(rank: int, compute: Callable[[Group], Any], size: int, folder: Path) -> None:
+def _rank(rank: int, compute: Callable[..., Any], size: int, folder: Path, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     try:
-        torch.save(compute(Group(dist.group.WORLD)), folder / f"{rank}.pt")
+        torch.save(compute(Group(dist.group.WORLD), *args), folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def lora_compositions(attachment: Attachment, inputs: int, outputs: int, size: int) -> list[Composition]:
-    pair = (
-        Operation("A", LINEAR, inputs, RANK, inputs * RANK),
-        Operation("B", LINEAR, RANK, outputs, RANK * outputs),
-    )
-    return list(compositions(Site("lora", (), attachment, pair), size))
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A method whose bypasses lie on the ranks as `layout` says."""
+
+    method: Method
+    layout: Layout
+    dropout: float = 0.0
 
 
-def cases(size: int) -> dict[str, Composition]:
-    """Every legal composition of LoRA at every attachment, with each of its adjoints."""
-    return {
-        f"{name} {composition.name} #{number}": composition
-        for name, attachment in ATTACHMENTS.items()
-        for number, composition in enumerate(lora_compositions(attachment, INPUTS, OUTPUTS, size))
-    }
+LORA = LoraConfig(3, 4.0, TARGETS)
+METHODS: dict[str, Method] = {  # of all their layouts
+    "lora": LORA,
+    "serial": BottleneckConfig(3, TARGETS, "gelu", 0.7),
+    "parallel": BottleneckConfig(3, TARGETS, "silu", 1.5, parallel=True),
+}
+OTHERS: dict[str, tuple[Method, float]] = {  # of some, with dropout
+    "dora": (LoraConfig(3, 4.0, TARGETS, dora=True), 0.0),
+    "dropout": (LORA, 0.3),
+    "rslora": (LoraConfig(3, 4.0, TARGETS, rslora=True), 0.0),
+    "two of three": (LoraConfig(3, 4.0, ("q_proj", "v_proj", "up_proj")), 0.0),
+}
 
 
-def lora_tensors(dtype: torch.dtype, outputs: int = OUTPUTS) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = {"x": (ROWS, INPUTS), "a": (RANK, INPUTS), "b": (outputs, RANK), "dy": (ROWS, outputs)}
-    return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        for name, shape in shapes.items()
-    }
-
-
-def local(x: Tensor, state: State, group: Group) -> Tensor:
-    return group.part(x, 1).contiguous() if state is State.FEATURES else x
-
-
-def local_weight(w: Tensor, split: Split | None, group: Group) -> Tensor:
-    return w if split is None else group.part(w, split).contiguous()
-
-
-def lora_in_every_layout(group: Group) -> dict[Any, dict[str, Tensor]]:
-    return {
-        (name, dtype): run_lora(composition, lora_tensors(dtype), group)
-        for name, composition in cases(group.size).items()
-        for dtype in DTYPES
-    }
-
-
-def run_lora(composition: Composition, full: dict[str, Tensor], group: Group) -> dict[str, Tensor]:
-    """Two windows of the same rows, so that gradients accumulate, and the sums of a step."""
-    first, second = composition.rules
-    x = local(full["x"], composition.forward[0].source, group)
-    dy = local(full["dy"], composition.backward[0].source, group)
-    a, b = local_weight(full["a"], first.split, group), local_weight(full["b"], second.split, group)
-    sums = torch.promote_types(full["x"].dtype, torch.float32)
-    grads = (a.new_zeros(a.shape, dtype=sums), b.new_zeros(b.shape, dtype=sums))
-    for _ in range(2):
-        y, kept = lora_forward(composition, x, a, b, group)
-        dx = lora_backward(composition, dy, kept, a, b, grads, group)
-    reduce_gradients_(composition, grads, group)
-    return {"y": y.clone(), "dx": dx.clone(), "da": grads[0], "db": grads[1]}
-
-
-def lora_of_a_fused_linear(group: Group) -> dict[str, dict[str, Tensor]]:
-    """Beside a column-parallel linear of several projections; `b` and `dy` in rank-major order."""
-    full = lora_tensors(torch.float64, sum(BLOCKS))
-    order = rank_major_rows(BLOCKS, group.size)
-    full["b"], full["dy"] = full["b"][order], full["dy"][:, order]
-    found = lora_compositions(COLUMN, INPUTS, sum(BLOCKS), group.size)
-    return {composition.name: run_lora(composition, full, group) for composition in found}
-
-
-def feed_forward_tensors() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    shapes = {
-        "x": (ROWS, INPUTS),
-        "up": (OUTPUTS, INPUTS),
-        "up_a": (RANK, INPUTS),
-        "up_b": (OUTPUTS, RANK),
-        "down": (INPUTS, OUTPUTS),
-        "down_a": (RANK, OUTPUTS),
-        "down_b": (INPUTS, RANK),
-        "dy": (ROWS, INPUTS),
-    }
-    return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()
-    }
-
-
-def feed_forward_in_every_layout(group: Group) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """Whole results, gathered from the ranks, by the forms of the two bypasses."""
+def cases(config: ModelConfig, tp: int) -> dict[str, Case]:
+    """Every legal composition of every site, adjoints included; the rarer methods in four of them."""
     found = {}
-    for up in lora_compositions(COLUMN, INPUTS, OUTPUTS, group.size):
-        for down in lora_compositions(ROW, OUTPUTS, INPUTS, group.size):
-            found[up.name, down.name] = feed_forward(up, down, feed_forward_tensors(), group)
+    for name, method in METHODS.items():
+        for number, layout in enumerate(layouts(method, config, tp)):
+            found[f"{name} #{number}"] = Case(method, layout)
+    for name, (method, dropout) in OTHERS.items():
+        for number, layout in enumerate(layouts(method, config, tp)[:4]):
+            found[f"{name} #{number}"] = Case(method, layout, dropout)
     return found
 
 
-def feed_forward(
-    up: Composition, down: Composition, full: dict[str, Tensor], group: Group
-) -> dict[str, Tensor]:
-    """Forward and backward of `down(silu(up(x)))` as Megatron divides it, with a bypass beside each linear."""
-    w_up, w_down = group.part(full["up"], 0), group.part(full["down"], 1)
-    names = {"up": up, "down": down}
-    weights = {
-        name: [
-            local_weight(full[f"{name}_{letter}"], rule.split, group)
-            for letter, rule in zip("ab", composition.rules, strict=True)
-        ]
-        for name, composition in names.items()
-    }
-    grads = {name: (torch.zeros_like(a), torch.zeros_like(b)) for name, (a, b) in weights.items()}
+def layouts(method: Method, config: ModelConfig, tp: int) -> list[Layout]:
+    """As few as have every composition of every site in one of them."""
+    options = {site.name: list(compositions(site, tp)) for site in bypass_sites(method, config)}
+    number = max(map(len, options.values()))
+    return [
+        Layout(tp, {name: _nth(found, index, shift) for shift, (name, found) in enumerate(options.items())})
+        for index in range(number)
+    ]
 
-    added, kept_up = lora_forward(up, full["x"], *weights["up"], group)
-    hidden = full["x"] @ w_up.T + added
-    gated = silu(hidden)
-    added, kept_down = lora_forward(down, gated, *weights["down"], group)
-    y = group.all_reduce_(gated @ w_down.T + added)
 
-    dy = full["dy"]
-    d_gated = dy @ w_down + lora_backward(down, dy, kept_down, *weights["down"], grads["down"], group)
-    sigmoid = hidden.sigmoid()
-    d_hidden = d_gated * sigmoid * (1 + hidden * (1 - sigmoid))
-    added = lora_backward(up, d_hidden, kept_up, *weights["up"], grads["up"], group)
-    found = {"y": y, "dx": group.all_reduce_(d_hidden @ w_up + added)}
-    for name, composition in names.items():
-        reduce_gradients_(composition, grads[name], group)
-        for letter, rule, grad in zip("ab", composition.rules, grads[name], strict=True):
-            total = full[f"{name}_{letter}"].shape[rule.split or 0]
-            whole = grad if rule.split is None else group.all_gather(grad, rule.split, total)
-            found[f"d{name}_{letter}"] = whole
-    return found
+def _nth(options: list[Composition], index: int, shift: int) -> Composition:
+    """Sites with the same options do not all have the same one of them."""
+    return options[(index + shift) % len(options)]
+
+
+def run_case(case: Case, folder: Path, group: Group) -> tuple[dict[str, Any], AdapterWeights]:
+    """A step of training in small windows, gathered whole, and the weights that would be served before it."""
+    model = make_transformer(folder, torch.float64, group)
+    layout = case.layout if group.size > 1 else ONE_RANK
+    dataset = make_dataset(LENGTHS, model.config.vocab_size)
+    config = JobConfig(batch_size=len(LENGTHS), lora_dropout=case.dropout, max_grad_norm=0.5)
+    trainer = make_trainer(
+        model, dataset, method=case.method, config=config, layout=layout, max_tokens_in_flight=16
+    )
+    parameters = trainer.parameters
+    start = parameters.state()["masters"]
+    generator = torch.Generator().manual_seed(1)
+    start += torch.randn(start.shape, generator=generator, dtype=start.dtype) * 0.2
+    parameters.load_state({"masters": start})
+    served = AdapterWeights(model.weights, case.method, layout)
+    served.load(parameters.masters)
+    sizes = cycle(WINDOWS)
+    advance(trainer, lambda: next(sizes))
+    report = trainer.optimizer_step()
+    state = parameters.state()
+    return {
+        "loss": torch.tensor(report.train_loss),
+        "norm": torch.tensor(report.grad_norm),
+        "gradients": state["exp_avg"],
+        "masters": state["masters"],
+    }, served
+
+
+def serve_together(model: Transformer, adapters: list[AdapterWeights]) -> Tensor:
+    """Hidden states of a sequence for each adapter and between them of some for the base model."""
+    config, weights = model.config, model.weights
+    runs: list[AdapterRun] = []
+    windows, blocks, positions = [], [], []
+    cache = KVCache(
+        config.num_layers, 2 * len(adapters), max(ROWS), config.num_kv_heads, config.head_dim,
+        weights.dtype, weights.device,
+    )  # fmt: skip
+    users: Iterator[AdapterWeights | None] = (user for pair in zip(adapters, cycle([None])) for user in pair)
+    for block, (user, rows) in enumerate(zip(users, cycle(ROWS), strict=False)):
+        span = slice(len(positions), len(positions) + rows)
+        mask = causal_mask(rows, rows, config.num_heads // config.num_kv_heads, weights.dtype, weights.device)
+        windows.append(PagedWindow(cache.pages([[block]]), [WindowPart(span, slice(0, rows), mask)]))
+        blocks += [block] * rows
+        positions += range(rows)
+        if user is not None:
+            runs.append(AdapterRun(span.start, span.stop, user))
+    sites = frozenset().union(*(run.weights.sites for run in runs))
+    context = ForwardContext(
+        positions=torch.tensor(positions),
+        slots=cache.slots(blocks, positions),
+        program=ForwardPrograms(weights.whole, weights.group.size).get(sites, frozenset()),
+        windows=windows,
+        adapters=runs,
+    )
+    tokens = torch.arange(len(positions)) * 7 % config.vocab_size
+    return model.forward(tokens, cache, context)
+
+
+def run_cases(group: Group, folder: Path, tp: int) -> dict[str, dict[str, Any]]:
+    """By the names of the cases for `tp` ranks; the adapters of all share one served batch."""
+    found, adapters = {}, []
+    for name, case in cases(ModelConfig.from_folder(folder), tp).items():
+        found[name], served = run_case(case, folder, group)
+        adapters.append(served)
+    hidden = serve_together(make_transformer(folder, torch.float64, group), adapters)
+    return {**found, "served": {"hidden": hidden}}
 
 
 def every_collective(group: Group) -> dict[Any, Tensor]:
@@ -202,11 +193,6 @@ def numbered(rank: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return (torch.arange(shape[0] * shape[1], dtype=dtype).view(shape) + 3 * rank).contiguous()
 
 
-def everything(group: Group) -> dict[str, Any]:
+def everything(group: Group, folder: Path) -> dict[str, Any]:
     """One start of the processes for all checks."""
-    return {
-        "collectives": every_collective(group),
-        "lora": lora_in_every_layout(group),
-        "fused": lora_of_a_fused_linear(group),
-        "feed_forward": feed_forward_in_every_layout(group),
-    }
+    return {"collectives": every_collective(group), "cases": run_cases(group, folder, group.size)}

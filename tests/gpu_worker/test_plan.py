@@ -289,7 +289,7 @@ def test_a_rank_holds_its_part(folder: Path) -> None:
     assert plan.weights.bytes_by_form["none"] / 2 < plan.rank.weight_bytes
     assert plan.rank.weight_bytes < plan.weights.bytes_by_form["none"]
     for site in {candidate.site for candidate in plan.parallel}:
-        assert [c.is_cheapest for c in plan.parallel if c.site == site].count(True) == 1
+        assert [c.is_chosen for c in plan.parallel if c.site == site].count(True) == 1
 
 
 def test_nothing_is_kept_where_the_layers_are_not_trained(folder: Path) -> None:

@@ -13,14 +13,18 @@ from torch import Tensor
 from torch.fx import Graph
 
 from services.gpu_worker.compiler.emit import emit_backward
-from services.gpu_worker.compiler.parallelize import parallelize
+from services.gpu_worker.compiler.parallelize import ParallelPlan, parallelize
 from services.gpu_worker.compiler.programs import CompiledMethod, ForwardPrograms
-from services.gpu_worker.compiler.shard import partial_gradients, trace_rank
+from services.gpu_worker.compiler.shard import trace_rank
 from services.gpu_worker.compiler.trace import trace
 from services.gpu_worker.kernels.quantised import quantise
-from services.gpu_worker.model import layer
+from services.gpu_worker.model import layer, layer_backward
 from services.gpu_worker.model.config import ModelConfig, UnsupportedModel
-from services.gpu_worker.model.layouts import Split
+from services.gpu_worker.model.layouts import (
+    Collective,
+    Move,
+    Split,
+)
 from services.gpu_worker.model.parallel import Group, read_shard
 from services.gpu_worker.model.parameters import parameters
 from services.gpu_worker.model.peft import LoraConfig, Method, PrefixConfig
@@ -59,6 +63,22 @@ def rank_of(rank: int, size: int) -> Group:
 
 def load_ranks(folder: Path, size: int) -> list[ModelWeights]:
     return [load_weights(folder, torch.float32, CPU, group=rank_of(rank, size)) for rank in range(size)]
+
+
+def plan(config: ModelConfig, method: Method, tp: int = 2) -> ParallelPlan:
+    return parallelize(config, method, tp)
+
+
+def compile_rank(config: ModelConfig, method: Method) -> CompiledMethod:
+    """Of two ranks that lie as is cheapest over NVLink."""
+    layout = plan(config, method).layout
+    return CompiledMethod(config, method, dtype=torch.float32, sequence_length=64, layout=layout)
+
+
+def shards_of(folder: Path, method: Method, size: int) -> list[ParameterShards]:
+    ranks = load_ranks(folder, size)
+    layout = plan(ranks[0].whole, method, size).layout
+    return [ParameterShards(weights, method, layout) for weights in ranks]
 
 
 def targets_of(graph: Graph) -> list[Any]:
@@ -176,26 +196,24 @@ def test_a_ranks_backward_sums_in_front_of_the_column_parallel_linears(
     config: ModelConfig, name: str, expected: int
 ) -> None:
     """A serial bottleneck behind one of the five column-parallel projections sums for itself too."""
-    compiled = CompiledMethod(config, METHODS[name], dtype=torch.float32, sequence_length=64, tp=2)
-    joint = compiled.joint
-    assert sums_of_nodes(joint.backward) == expected
+    assert sums_of_nodes(compile_rank(config, METHODS[name]).joint.backward) == expected
 
 
 def sums_of_nodes(nodes: Any) -> int:
-    return sum(node.target is layer.all_reduce for node in nodes)
+    """Of the backbone's and of the bypasses' own."""
+    moves = [Move(*node.args[2]) for node in nodes if node.target is layer_backward.move]
+    own = sum(move.collective is Collective.ALL_REDUCE for move in moves)
+    return own + sum(node.target is layer.all_reduce for node in nodes)
 
 
 def test_the_lowest_layer_sums_no_gradient_that_nobody_wants(config: ModelConfig) -> None:
-    compiled = CompiledMethod(
-        config, LoraConfig(4, 4.0, TARGETS), dtype=torch.float32, sequence_length=64, tp=2
-    )
+    compiled = compile_rank(config, LoraConfig(4, 4.0, TARGETS))
     joint = compiled.joint_graph(needs_input_gradient=False)
     assert sums_of_nodes(joint.backward) == 1  # in front of gate_up
 
 
 def test_a_policy_that_keeps_next_to_nothing_sums_again(config: ModelConfig) -> None:
-    compiled = CompiledMethod(config, METHODS["lora"], dtype=torch.float32, sequence_length=64, tp=2)
-    joint = compiled.joint
+    joint = compile_rank(config, METHODS["lora"]).joint
     labels = {node.meta.get("label"): node for node in joint.forward}
     lean, rich = emit_backward(joint, set()), emit_backward(joint, {labels["x2"]})
     assert (sums_of(lean), sums_of(rich)) == (3, 2)
@@ -210,10 +228,10 @@ def test_a_rank_holds_the_shapes_of_the_plan_that_is_executed(
     folder: Path, config: ModelConfig, name: str, tp: int
 ) -> None:
     method = METHODS[name]
-    shards = ParameterShards(load_weights(folder, torch.float32, CPU, group=rank_of(0, tp)), method)
+    shards = shards_of(folder, method, tp)[0]
     found = {p.key: shards.dim(p.place) for p in shards.own}
-    for bypass in parallelize(config, method, tp).plans:
-        for operation, split in bypass.executed.shardings:
+    for bypass in plan(config, method, tp).plans:
+        for operation, split in bypass.chosen.shardings:
             for target in bypass.site.targets:
                 for key in keys_of(found, target, operation, method):
                     assert found[key] == (1 if isinstance(method, PrefixConfig) else split), key
@@ -225,22 +243,22 @@ def keys_of(found: dict[str, Any], target: str, operation: str, method: Method) 
     return [key for key in found if key.rpartition(".")[0] in (target, operation)]
 
 
-def test_the_gradients_that_are_summed_are_those_of_the_plan(config: ModelConfig) -> None:
-    lora = partial_gradients(config, METHODS["lora"], 2)
-    assert lora == {f"{t}.a" for t in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")} | {
-        "o_proj.b",
-        "down_proj.b",
-    }
-    assert partial_gradients(config, METHODS["lora"], 1) == frozenset()
-    assert partial_gradients(config, METHODS["prefix"], 2) == frozenset()
-    assert partial_gradients(config, METHODS["parallel"], 2) >= {"q_proj.down_w", "q_proj.down_b"}
+def test_the_gradients_that_are_summed_are_those_of_the_plan(folder: Path) -> None:
+    found = {}
+    for name in ("lora", "prefix", "parallel"):
+        shards = shards_of(folder, METHODS[name], 2)[0]
+        found[name] = {p.key for p in shards.own if shards.is_partial(p.place)}
+    by_columns = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    assert found["lora"] == {f"{name}.a" for name in by_columns} | {"o_proj.b", "down_proj.b"}
+    assert not found["prefix"]
+    assert found["parallel"] == {f"{name}.down_{role}" for name in by_columns for role in "wb"}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_ranks_take_of_a_parameter_is_all_of_it_once(
     folder: Path, config: ModelConfig, name: str
 ) -> None:
-    ranks = [ParameterShards(weights, METHODS[name]) for weights in load_ranks(folder, 4)]
+    ranks = shards_of(folder, METHODS[name], 4)
     for parameter in parameters(config, METHODS[name]):
         value = torch.arange(parameter.numel).view(parameter.shape)
         parts = [shards.part(parameter, value) for shards in ranks]
@@ -252,7 +270,7 @@ def test_what_ranks_take_of_a_parameter_is_all_of_it_once(
 
 
 def test_a_dimension_is_split_as_the_backbones_tensor_beside_it(folder: Path) -> None:
-    shards = ParameterShards(load_ranks(folder, 2)[0], replace(LoraConfig(4, 4.0, TARGETS), dora=True))
+    shards = shards_of(folder, replace(LoraConfig(4, 4.0, TARGETS), dora=True), 2)[0]
     found = {p.key: shards.dim(p.place) for p in shards.own}
     assert (found["q_proj.a"], found["q_proj.b"], found["q_proj.magnitude"]) == (None, Split.OUT, Split.OUT)
     assert (found["o_proj.a"], found["o_proj.b"], found["o_proj.magnitude"]) == (Split.IN, None, None)

@@ -17,6 +17,8 @@ from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_o
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.context import Capture, ForwardContext
+from services.gpu_worker.model.layouts import ONE_RANK, Layout
+from services.gpu_worker.model.parallel import ALONE, Group
 from services.gpu_worker.model.peft import Method
 from services.gpu_worker.model.transformer import Transformer
 from services.gpu_worker.model.weights import load_weights
@@ -33,8 +35,8 @@ def make_dataset(lengths: list[int], vocab_size: int, seed: int = 0, masked: flo
     return Dataset(tokens, np.concatenate(masks), offsets)
 
 
-def make_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    return Transformer(load_weights(folder, dtype, torch.device("cpu")), max_position=512)
+def make_transformer(folder: Path, dtype: torch.dtype = torch.float32, group: Group = ALONE) -> Transformer:
+    return Transformer(load_weights(folder, dtype, torch.device("cpu"), group=group), max_position=512)
 
 
 def make_trainer(
@@ -47,15 +49,17 @@ def make_trainer(
     policy: int = -1,
     max_tokens_in_flight: int = 256,
     num_host_layers: int = 0,
+    layout: Layout = ONE_RANK,
 ) -> Trainer:
-    """`policy` is an index into the method's list; the last keeps least."""
+    """`policy` is an index into the method's list; the last keeps least. `layout` is for the model's ranks."""
     config = config or JobConfig(batch_size=len(dataset))
     compiled = CompiledMethod(
-        model.config,
+        model.weights.whole,
         method,
         dtype=model.weights.dtype,
         sequence_length=max_tokens_in_flight,
         dropout=config.lora_dropout > 0,
+        layout=layout,
     )
     job = FinetuneJob(
         job_id="ftjob-test",
@@ -82,8 +86,8 @@ def make_trainer(
 
 
 @cache
-def forward_programs(config: ModelConfig) -> ForwardPrograms:
-    return ForwardPrograms(config)
+def forward_programs(whole: ModelConfig, tp: int) -> ForwardPrograms:
+    return ForwardPrograms(whole, tp)
 
 
 def forward(trainer: Trainer, window: Window) -> None:
@@ -92,10 +96,11 @@ def forward(trainer: Trainer, window: Window) -> None:
     blocks = [trainer.job.blocks[p // BLOCK_SIZE] for p in positions]
     run = trainer.adapter_run(window, 0)
     kept = frozenset() if trainer.job.evaluating else trainer.policies.reserve.labels
+    programs = forward_programs(model.weights.whole, model.weights.group.size)
     context = ForwardContext(
         positions=trainer.positions(window),
         slots=cache.slots(blocks, [p % BLOCK_SIZE for p in positions]),
-        program=forward_programs(model.config).get(run.weights.sites, kept),
+        program=programs.get(run.weights.sites, kept),
         windows=[trainer.paged(window)],
         adapters=[run],
         captures=[]

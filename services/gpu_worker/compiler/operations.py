@@ -23,6 +23,7 @@ from services.gpu_worker.kernels.norm_rope import (
     silu_mul_backward,
 )
 from services.gpu_worker.model import layer, layer_backward
+from services.gpu_worker.model.layouts import Collective, Move
 
 # What a rank could compute while it sends an element: 2 x 2 bytes over NVLink at 450 GB/s, 989 TFLOP/s (H200).
 ALL_REDUCE_FLOPS = 8800.0
@@ -65,11 +66,29 @@ def _free(node: Node, sizes: Sizes) -> float:
 
 
 def _out_features(node: Node, sizes: Sizes) -> Widths:
-    return (sizes.out_features(node.args[1]),)
+    """Of a product whose input has fewer elements a token than features, a rank computes as few tokens."""
+    weight = node.args[1]
+    return (sizes.out_features(weight) * width(node.args[0]) / sizes.in_features(weight),)
 
 
 def _product(node: Node, sizes: Sizes) -> float:
-    return 2 * width(node.args[0]) * width(node)
+    return 2 * width(node.args[0]) * sizes.out_features(node.args[1])
+
+
+def _moved(node: Node, sizes: Sizes) -> Widths:
+    return (node.meta["width"],)
+
+
+def _move_flops(node: Node, sizes: Sizes) -> float:
+    """A gather or a scatter sends half of what a sum does, an exchange half of what a rank has."""
+    there, whole = node.args[2], node.args[4]
+    collective = Move(*there).collective  # type: ignore[misc]
+    if collective.is_free:
+        return 0.0
+    if collective is Collective.ALL_REDUCE:
+        return ALL_REDUCE_FLOPS * float(whole)  # type: ignore[arg-type]
+    sent = width(node) if collective is Collective.ALL_TO_ALL else float(whole)  # type: ignore[arg-type]
+    return ALL_REDUCE_FLOPS * sent / 2
 
 
 def _split(node: Node, sizes: Sizes) -> Widths:
@@ -152,6 +171,11 @@ def _all_reduce(tape: Tape, node: Node, dy: Cotangents) -> None:
     tape.add(node.args[0], dy[0])
 
 
+def _move(tape: Tape, node: Node, dy: Cotangents) -> None:
+    x, ctx, there, back, whole = node.args
+    tape.add(x, tape.call(layer_backward.move, dy[0], ctx, back, there, whole))
+
+
 def _lora_down(tape: Tape, node: Node, dy: Cotangents) -> None:
     x, a = node.args
     tape.trainable(tape.parameter(a), kernels.accumulate_product, dy[0], x)
@@ -163,6 +187,12 @@ def _lora_up(tape: Tape, node: Node, dy: Cotangents) -> None:
     tape.trainable(tape.parameter(b), kernels.accumulate_blocks, dy[0], low)
     tape.add(low, tape.call(layer_backward.product, dy[0], b))
     tape.add(y, dy[0])
+
+
+def _lora_part(tape: Tape, node: Node, dy: Cotangents) -> None:
+    low, b = node.args
+    tape.trainable(tape.parameter(b), kernels.accumulate_blocks, dy[0], low)
+    tape.add(low, tape.call(layer_backward.product, dy[0], b))
 
 
 def _dropout(tape: Tape, node: Node, dy: Cotangents) -> None:
@@ -223,9 +253,9 @@ FORWARD: dict[Callable[..., Any], Operation] = {
         _same, _cheap(ALL_REDUCE_FLOPS), _all_reduce, in_place=(layer.all_reduce_, 0)
     ),
     layer.keep: Operation(lambda node, sizes: (0.0,), _free),
-    kernels.lora_down: Operation(
-        lambda node, sizes: (sizes.out_features(node.args[1]),), _product, _lora_down
-    ),
+    layer_backward.move: Operation(_moved, _move_flops, _move, is_view=True),
+    kernels.lora_down: Operation(_out_features, _product, _lora_down),
+    kernels.lora_part: Operation(_out_features, _product, _lora_part),
     kernels.lora_up: Operation(
         _same,
         lambda node, sizes: 2 * width(node.args[1]) * width(node),

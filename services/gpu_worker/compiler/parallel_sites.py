@@ -14,6 +14,7 @@ from services.gpu_worker.model.layouts import (
     LINEAR,
     ROW,
     STREAM,
+    WHOLE,
     Attachment,
     Rule,
 )
@@ -101,20 +102,24 @@ def _lora_sites(method: LoraConfig, config: ModelConfig) -> list[Site]:
         (HEAD, config.hidden_size, config.vocab_size),
     ):
         if name in method.targets:
-            pair = _lora_pair(
-                inputs, method.rank, outputs, method.rank * outputs, is_lookup=name == EMBEDDING
-            )
-            sites.append(Site(name, (name,), STREAM, pair))
+            sites.append(_outside_the_layers(name, inputs, method.rank, outputs))
     return sites
 
 
-def _lora_pair(
-    inputs: int, inner: int, outputs: int, num_b: int, is_lookup: bool = False
-) -> tuple[Operation, ...]:
+def _lora_pair(inputs: int, inner: int, outputs: int, num_b: int) -> tuple[Operation, ...]:
     return (
-        Operation("A", LINEAR, inputs, inner, inputs * inner, is_product=not is_lookup),
+        Operation("A", LINEAR, inputs, inner, inputs * inner),
         Operation("B", LINEAR, inner, outputs, num_b),
     )
+
+
+def _outside_the_layers(name: str, inputs: int, rank: int, outputs: int) -> Site:
+    """No program is compiled there that moves could be put into: every rank computes all."""
+    pair = (
+        Operation("A", WHOLE, inputs, rank, inputs * rank, is_product=name != EMBEDDING),
+        Operation("B", WHOLE, rank, outputs, rank * outputs),
+    )
+    return Site(name, (name,), STREAM, pair)
 
 
 def _ia3_site(method: Ia3Config, target: Projection) -> Site:

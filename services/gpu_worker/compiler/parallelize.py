@@ -1,7 +1,8 @@
 """FlexLLM's dependent parallelization (arXiv 2402.18789): bypasses laid out to fit the backbone's fixed plan.
 
 The backbone is tensor-parallel as in Megatron. Of every bypass all compositions of states are enumerated that
-start and end in the states of the backbone's tensors, forward and backward; the cheapest is taken. No tensors.
+start and end in the states of the backbone's tensors, forward and backward; the cheapest is taken, and is what the
+compiled programs and the serving path execute. No tensors.
 """
 
 from __future__ import annotations
@@ -23,16 +24,13 @@ from services.gpu_worker.compiler.parallel_cost import (
 from services.gpu_worker.compiler.parallel_sites import Site, bypass_sites
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.layouts import (
-    ACROSS,
     ALONE,
-    COLUMN,
-    INSIDE,
-    ROW,
-    STREAM,
+    ONE_RANK,
     Attachment,
     Collective,
     Composition,
     Form,
+    Layout,
     Move,
     Rule,
     Split,
@@ -40,19 +38,6 @@ from services.gpu_worker.model.layouts import (
     check_tensor_parallel,
 )
 from services.gpu_worker.model.peft import Method
-
-# The compositions that the engine's programs have operations for, by attachment and number of products. They are
-# the ones without a transfer of their own, but for a bottleneck's sum in front of its activation, and the cheapest
-# over NVLink; over gloo a LoRA of rank 128 would gain from sharing A's product.
-EXECUTED: dict[tuple[Attachment, int], tuple[Form, ...]] = {
-    (COLUMN, 2): (Form.REPLICATED, Form.COLUMNS),
-    (ROW, 2): (Form.CONTRACTION, Form.REPLICATED),
-    (ACROSS, 2): (Form.CONTRACTION, Form.REPLICATED),
-    (INSIDE, 2): (Form.CONTRACTION, Form.COLUMNS),
-    (INSIDE, 1): (Form.COLUMNS,),
-    (STREAM, 2): (Form.REPLICATED, Form.REPLICATED),
-    (STREAM, 1): (Form.REPLICATED,),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +49,6 @@ class Candidate:
     steps: tuple[StepCollective, ...]  # once an optimizer step
     cost: Cost
     weight_bytes: int  # with gradients and the optimizer's state
-    is_executed: bool  # by the engine's programs; model/parallel_lora.py executes LoRA's others
 
     @property
     def name(self) -> str:
@@ -94,13 +78,8 @@ class BypassPlan:
 
     @property
     def chosen(self) -> Candidate:
-        """The cheapest."""
+        """The cheapest: what training and serving execute."""
         return self.candidates[0]
-
-    @property
-    def executed(self) -> Candidate:
-        """What the engine's programs compute."""
-        return next(candidate for candidate in self.candidates if candidate.is_executed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +88,13 @@ class ParallelPlan:
 
     tp: int
     plans: tuple[BypassPlan, ...]
+
+    @property
+    def layout(self) -> Layout:
+        """What is chosen; one rank alone has nothing to lay out."""
+        if self.tp == 1:
+            return ONE_RANK
+        return Layout(self.tp, {plan.site.name: plan.chosen.composition for plan in self.plans})
 
     def plan_of(self, site: str) -> BypassPlan:
         for plan in self.plans:
@@ -138,7 +124,6 @@ def plan_bypass(site: Site, tp: int, hardware: Hardware, workload: Workload) -> 
     """
     found: dict[tuple[Form, ...], Candidate] = {}
     for composition in compositions(site, tp):
-        forms = tuple(rule.form for rule in composition.rules)
         candidate = Candidate(
             composition=composition,
             shardings=tuple(
@@ -148,7 +133,6 @@ def plan_bypass(site: Site, tp: int, hardware: Hardware, workload: Workload) -> 
             steps=step_collectives(site, composition, tp),
             cost=composition_cost(site, composition, tp, hardware, workload),
             weight_bytes=weight_bytes(site, composition, tp, workload),
-            is_executed=tp == 1 or forms == EXECUTED[site.attachment, len(forms)],
         )
         known = found.setdefault(candidate.forms, candidate)
         if candidate.cost_us < known.cost_us:

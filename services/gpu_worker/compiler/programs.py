@@ -12,13 +12,14 @@ from services.gpu_worker.compiler.emit import Program, compile_graph, emit_backw
 from services.gpu_worker.compiler.flops import backward_flops
 from services.gpu_worker.compiler.rematerialize import ALWAYS_KEPT, Policy, loads, policies
 from services.gpu_worker.compiler.reverse import JointGraph, differentiate
-from services.gpu_worker.compiler.shard import partial_gradients, sum_inside_bottlenecks, trace_rank
+from services.gpu_worker.compiler.shard import trace_rank
 from services.gpu_worker.compiler.sizes import Sizes
 from services.gpu_worker.compiler.trace import insert_bypasses, remove_sites
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model import layer
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.context import LayerProgram
+from services.gpu_worker.model.layouts import ONE_RANK, Layout
 from services.gpu_worker.model.parallel import shard_config
 from services.gpu_worker.model.parameters import parameters
 from services.gpu_worker.model.peft import EMBEDDING, Method, base_label
@@ -67,8 +68,8 @@ class KeptTensor:
 class CompiledMethod:
     """A PEFT method on a model: its policies, and for each the layer's backward program.
 
-    Of `tp` ranks that share the model, sizes are those of one; raises UnsupportedModel where they cannot. The
-    order of policies depends on the mean context, hence on `sequence_length`.
+    Of ranks that share the model as `layout` says, sizes are those of one; raises UnsupportedModel where they
+    cannot. The order of policies depends on the mean context, hence on `sequence_length`.
     """
 
     def __init__(
@@ -79,10 +80,10 @@ class CompiledMethod:
         dtype: torch.dtype,
         sequence_length: int,
         dropout: bool = False,
-        tp: int = 1,
+        layout: Layout = ONE_RANK,
     ) -> None:
-        self.config, self.method, self.dtype = shard_config(config, tp), method, dtype
-        self._whole, self._tp = config, tp
+        self.config, self.method, self.dtype = shard_config(config, layout.tp), method, dtype
+        self.whole, self.layout = config, layout
         self._dropout = dropout
         self._sizes = Sizes.of(self.config, sequence_length)
         self._keepable = self._keepable_labels()
@@ -91,7 +92,9 @@ class CompiledMethod:
 
     def _keepable_labels(self) -> frozenset[str]:
         traced = {
-            node.meta["label"] for node in trace_rank(self._whole, self._tp).nodes if "label" in node.meta
+            node.meta["label"]
+            for node in trace_rank(self.whole, self.layout.tp).nodes
+            if "label" in node.meta
         }
         own = {base_label(p.module) for p in parameters(self.config, self.method) if p.layer is not None}
         return frozenset(traced | own) - set(ALWAYS_KEPT) - {"y"}
@@ -100,16 +103,9 @@ class CompiledMethod:
 
     def joint_graph(self, needs_input_gradient: bool = True) -> JointGraph:
         """Forward and pruned backward of one layer; a new graph at each call."""
-        graph = trace_rank(self._whole, self._tp)
-        insert_bypasses(graph, self.config, self.method, self._dropout)
-        if self._tp > 1:
-            sum_inside_bottlenecks(graph, self.method)
+        graph = trace_rank(self.whole, self.layout.tp)
+        insert_bypasses(graph, self.whole, self.method, self._dropout, self.layout)
         return differentiate(graph, self._sizes, needs_input_gradient)
-
-    @cached_property
-    def partial_gradients(self) -> frozenset[str]:
-        """Keys of the parameters whose gradient is the sum of what the ranks have of it."""
-        return partial_gradients(self._whole, self.method, self._tp)
 
     @cached_property
     def joint(self) -> JointGraph:

@@ -1,24 +1,20 @@
 """The layer of one rank of a tensor-parallel group: its graph, with the sums over the ranks in it.
 
 The backbone's are Megatron's (arXiv 1909.08053): behind o and down an all-reduce, whose adjoint is the identity,
-and in front of qkv and gate_up the identity, whose adjoint is an all-reduce. Low-rank parts ride in both. What
-changes a row-parallel output in any other way than by adding products comes behind the all-reduce.
+and in front of qkv and gate_up the identity, whose adjoint is an all-reduce. Low-rank parts may ride in both. What
+changes a row-parallel output in any other way than by adding products comes behind the all-reduce. Moves of the
+bypasses' own are put in with them, in compiler/trace.py.
 """
 
 from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from services.gpu_worker.compiler.parallelize import parallelize
 from services.gpu_worker.compiler.trace import trace
-from services.gpu_worker.kernels import bypass as kernels
-from services.gpu_worker.model import layer, layer_backward
+from services.gpu_worker.model import layer
 from services.gpu_worker.model.config import ModelConfig
-from services.gpu_worker.model.layouts import BACKBONE, COLUMN, divides_bottleneck
+from services.gpu_worker.model.layouts import BACKBONE, COLUMN
 from services.gpu_worker.model.parallel import shard_config
-from services.gpu_worker.model.peft import BottleneckConfig, Method
-
-ROLES = {"A": ("a",), "B": ("b",), "down": ("down_w", "down_b"), "up": ("up_w", "up_b")}  # of an operation
 
 
 def trace_rank(config: ModelConfig, tp: int) -> Graph:
@@ -55,37 +51,3 @@ def _follow(graph: Graph, node: Node, target: object, *args: object) -> Node:
         new = graph.call_function(target, (node, *args))  # type: ignore[arg-type]
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     return new
-
-
-def sum_inside_bottlenecks(graph: Graph, method: Method) -> None:
-    """A bottleneck that reads features which the ranks share needs its first product's sum before the activation.
-
-    Behind it every rank has the hidden features; where its second product is divided by columns, their gradient
-    is a sum again.
-    """
-    if not isinstance(method, BottleneckConfig):
-        return
-    ctx = next(node for node in graph.nodes if node.name == "ctx")
-    for down in list(graph.nodes):
-        if down.target is not layer_backward.affine or down.args[1].args[3] != "down_w":
-            continue
-        group = down.args[1].args[1]
-        if not divides_bottleneck(group, method.parallel):
-            continue
-        total = _follow(graph, down, layer.all_reduce, ctx)
-        if BACKBONE[group] is COLUMN:
-            hidden = next(user for user in total.users if user.target is kernels.activate)
-            _follow(graph, hidden, layer.fan_out, ctx)
-
-
-def partial_gradients(config: ModelConfig, method: Method, tp: int) -> frozenset[str]:
-    """Keys of the parameters of which every rank has all, but only a part of the gradient, by the plan that the
-    programs execute."""
-    found = set()
-    for bypass in parallelize(config, method, tp).plans:
-        rules = bypass.executed.composition.rules
-        for operation, rule in zip(bypass.site.operations, rules, strict=True):
-            if rule.is_partial_gradient:
-                roles = ROLES[operation.parameter]
-                found |= {f"{target}.{role}" for target in bypass.site.targets for role in roles}
-    return frozenset(found)

@@ -44,8 +44,10 @@ class Sizes:
         return float(known[str(weight.args[1])])
 
     def in_features(self, weight: Any) -> float:
-        """Of a node that fetches a weight of the backbone."""
+        """Of such a node too."""
         assert isinstance(weight, Node)
+        if "shape" in weight.meta:
+            return float(weight.meta["shape"][-1])
         config = self.config
         known = {"o": config.q_size, "down": config.intermediate_size}
         return float(known.get(str(weight.args[1]), config.hidden_size))

@@ -12,6 +12,8 @@ from services.gpu_worker.compiler.operations import TRACED
 from services.gpu_worker.kernels import bypass as kernels
 from services.gpu_worker.model import layer, layer_backward
 from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.layouts import ONE_RANK, Layout, Split, State
+from services.gpu_worker.model.parallel import shard_config
 from services.gpu_worker.model.peft import (
     BottleneckConfig,
     Ia3Config,
@@ -22,6 +24,7 @@ from services.gpu_worker.model.peft import (
     base_label,
     projections,
 )
+from services.gpu_worker.model.shards import rank_parameters
 
 SITES = (
     layer.bypass,
@@ -64,24 +67,35 @@ def _inherit(heir: Node, node: Node) -> None:
         heir.meta["label"] = node.meta["label"]
 
 
-def insert_bypasses(graph: Graph, config: ModelConfig, method: Method, dropout: bool) -> None:
-    """Replaces the sites by the operations of one method, for whose parameters the graph gets a placeholder."""
+def insert_bypasses(
+    graph: Graph, whole: ModelConfig, method: Method, dropout: bool, layout: Layout = ONE_RANK
+) -> None:
+    """Replaces the sites by the operations of one method, for whose parameters the graph gets a placeholder.
+
+    `graph` is of one of the ranks that share the `whole` configuration, whose moves `layout` says.
+    """
     remove_sites(graph, lambda name: name == "prefix" and isinstance(method, PrefixConfig))
     nodes = list(graph.nodes)
     after = next(node for node in nodes if node.op == "placeholder" and node.name == "ctx")
     with graph.inserting_after(after):
         bypasses = graph.placeholder("p")
-    _Insertion(graph, config, method, dropout, bypasses, after).run()
+    shapes = {p.key: p.shape for p in rank_parameters(whole, method, layout) if p.layer == 0}
+    config = shard_config(whole, layout.tp)
+    _Insertion(graph, config, whole, method, dropout, layout, shapes, bypasses, after, after).run()
 
 
 @dataclass(slots=True)
 class _Insertion:
     graph: Graph
-    config: ModelConfig
+    config: ModelConfig  # of a rank
+    whole: ModelConfig
     method: Method
     dropout: bool
+    layout: Layout
+    shapes: dict[str, tuple[int, ...]]  # of a rank's parameters of a layer
     bypasses: Node
     ctx: Node
+    last: Node  # behind which the next operation comes
 
     def run(self) -> None:
         linears = [node for node in self.graph.nodes if node.target is layer.project]
@@ -96,7 +110,7 @@ class _Insertion:
     def _attach(self, node: Node, group: str, members: list[Projection]) -> None:
         method = self.method
         if isinstance(method, LoraConfig):
-            node = self._low_rank(node, group, len(members) * method.rank, members[0].in_features)
+            node = self._low_rank(node, group, members)
         for member in members:
             if isinstance(method, LoraConfig) and method.dora:
                 self._change(node, member, self._rescale)
@@ -115,25 +129,57 @@ class _Insertion:
         node.meta.update(parameter=parameter, shape=shape)
         return node
 
-    def _low_rank(self, node: Node, group: str, rank: int, width: int) -> Node:
+    def _put(self, target: Callable[..., Any], *args: Any) -> Node:
+        with self.graph.inserting_after(self.last):
+            self.last = self._call(target, *args)
+        return self.last
+
+    def _moved(self, x: Any, site: str, index: int, width: int) -> Any:
+        """`x`, of `width` features in all, after the move before, between or behind a site's two products."""
+        composition = self.layout.find(site)
+        if composition is None:
+            return x
+        there, back = composition.forward[index], composition.backward[-1 - index]
+        if there.stays and back.stays:
+            return x
+        steps = ((move.source, move.target) for move in (there, back))
+        node = self._put(layer_backward.move, x, self.ctx, *steps, width)
+        node.meta["width"] = width / (self.layout.tp if there.target in (State.TOKENS, State.FEATURES) else 1)
+        return node
+
+    def _low_rank(self, node: Node, group: str, members: list[Projection]) -> Node:
+        assert isinstance(self.method, LoraConfig)
+        fused = [p for p in projections(self.whole).values() if p.group == group]
+        inputs, out, rank = fused[0].in_features, fused[-1].rows.stop, len(members) * self.method.rank
+        width = self.shapes[f"{members[0].name}.a"][1]
+        rule = self.layout.find_rule(group, 1)
+        own_out = out // (self.layout.tp if rule is not None and rule.split is Split.OUT else 1)
+        self.last = node
+        a = self._put_fetch(kernels.fetch, f"{group}.a", (rank, width), group, "a")
+        b = self._put_fetch(kernels.fetch, f"{group}.b", (own_out, rank), group, "b")
         x = node.args[0]
-        out = next(p.rows.stop for p in reversed(projections(self.config).values()) if p.group == group)
-        with self.graph.inserting_after(node):
-            a = self._fetch(kernels.fetch, f"{group}.a", (rank, width), group, "a")
-        with self.graph.inserting_after(a):
-            b = self._fetch(kernels.fetch, f"{group}.b", (out, rank), group, "b")
-        last = b
         if self.dropout:
-            with self.graph.inserting_after(last):
-                x = last = self._call(layer_backward.dropout, x, self.ctx, group)
-        with self.graph.inserting_after(last):
-            low = self._call(kernels.lora_down, x, a)
+            x = self._put(layer_backward.dropout, x, self.ctx, group)
+        low = self._put(kernels.lora_down, self._moved(x, group, 0, inputs), a)
         low.meta["label"] = f"{group}_low"
-        with self.graph.inserting_after(low):
-            up = self._call(kernels.lora_up, node, low, b)
+        low = self._moved(low, group, 1, rank)
+        up = self._add_part(node, low, b, group, out)
         node.replace_all_uses_with(up, delete_user_cb=lambda user: user is not up)
         self._move_label(node, up)
         return up
+
+    def _add_part(self, node: Node, low: Node, b: Node, group: str, out: int) -> Node:
+        composition = self.layout.find(group)
+        if composition is None or (composition.forward[2].stays and composition.backward[0].stays):
+            return self._put(kernels.lora_up, node, low, b)
+        return self._put(layer.add, node, self._moved(self._put(kernels.lora_part, low, b), group, 2, out))
+
+    def _put_fetch(
+        self, target: Callable[..., Any], parameter: str, shape: tuple[int, ...], *args: Any
+    ) -> Node:
+        node = self._put(target, self.bypasses, *args)
+        node.meta.update(parameter=parameter, shape=shape)
+        return node
 
     def _move_label(self, node: Node, heir: Node) -> None:
         if "label" in node.meta:
@@ -207,24 +253,15 @@ class _Insertion:
                 n.args[0] for n in self.graph.nodes
                 if n.target is layer.project and n.args[1].args[1] == member.group
             )  # fmt: skip
-        width = member.in_features if method.parallel else member.out_features
-        shapes = {
-            "down_w": (method.size, width),
-            "down_b": (method.size,),
-            "up_w": (member.out_features, method.size),
-            "up_b": (member.out_features,),
-        }
-        last, fetched = base, {}
-        for role, shape in shapes.items():
-            with self.graph.inserting_after(last):
-                name = f"{member.name}.{role}"
-                last = self._fetch(kernels.fetch_bottleneck, name, shape, member.group, member.name, role)
-            fetched[role] = last
-        with self.graph.inserting_after(last):
-            down = self._call(layer_backward.affine, source, fetched["down_w"], fetched["down_b"])
-        with self.graph.inserting_after(down):
-            hidden = self._call(kernels.activate, down, method.activation)
-        with self.graph.inserting_after(hidden):
-            up = self._call(layer_backward.affine, hidden, fetched["up_w"], fetched["up_b"])
-        with self.graph.inserting_after(up):
-            return self._call(layer.add, base, up)
+        name, whole = member.name, projections(self.whole)[member.name]
+        width = whole.in_features if method.parallel else whole.out_features
+        self.last, fetched = base, {}
+        for role in ("down_w", "down_b", "up_w", "up_b"):
+            shape, args = self.shapes[f"{name}.{role}"], (member.group, name, role)
+            fetched[role] = self._put_fetch(kernels.fetch_bottleneck, f"{name}.{role}", shape, *args)
+        read = self._moved(source, name, 0, width)
+        down = self._put(layer_backward.affine, read, fetched["down_w"], fetched["down_b"])
+        low = self._moved(down, name, 1, method.size)
+        hidden = self._put(kernels.activate, low, method.activation)
+        up = self._put(layer_backward.affine, hidden, fetched["up_w"], fetched["up_b"])
+        return self._put(layer.add, base, self._moved(up, name, 2, whole.out_features))

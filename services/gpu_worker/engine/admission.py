@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from services.gpu_worker.compiler.layout import choose_layout
 from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.engine.latency import LatencyModel
 from services.gpu_worker.engine.memory import finetune_bytes, free_bytes
@@ -57,13 +58,18 @@ class Admission:
     def set_budget(self, num_bytes: int, left: int, max_adapters: int) -> None:
         """`num_bytes` of the device, or where it is 0 a share of what weights and cache have left and adapters
         do not need."""
-        adapters = max_adapters * parameter_bytes(self.weights, self._usual_method).trainable
+        adapters = max_adapters * self._usual_bytes
         self.budget = num_bytes or finetune_bytes(self.weights.device, left - adapters)
 
     def set_pace(self, policies: LayerPolicies, latency: LatencyModel, window: int, slack_ms: float) -> None:
         """A smallest window's backward through one layer should fit into the slack that decodes leave; `latency`
         was measured with `policies`."""
         self.step_flops = policies.step_flops * max(0.0, slack_ms) / latency.backward(window)
+
+    @property
+    def _usual_bytes(self) -> int:
+        layout = choose_layout(self.weights, self._usual_method)
+        return parameter_bytes(self.weights, self._usual_method, layout).trainable
 
     @property
     def _usual_method(self) -> LoraConfig:
@@ -82,7 +88,7 @@ class Admission:
             dtype=self.weights.dtype,
             sequence_length=self.max_tokens,
             dropout=dropout,
-            tp=self.weights.group.size,
+            layout=choose_layout(self.weights, method),
         )
 
     @property

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from services.gpu_worker.compiler.layout import choose_layout
 from services.gpu_worker.engine.admission import Admission, Offload
 from services.gpu_worker.engine.attainment import Attainment
 from services.gpu_worker.engine.batch import Batch, Timing
@@ -354,7 +355,9 @@ class Engine:
             return
         if not self.adapters.can_load():
             raise InvalidRequest(f"all {self.adapters.capacity} adapter slots are in use")
-        self.adapters.load(digest, read_peft(self.model.weights, files, self.config.max_lora_rank))
+        weights = self.model.weights
+        choose = partial(choose_layout, weights)
+        self.adapters.load(digest, read_peft(weights, files, self.config.max_lora_rank, choose))
 
     # --- jobs
 

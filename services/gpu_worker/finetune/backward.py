@@ -19,6 +19,7 @@ from services.gpu_worker.kernels.attention_backward import window_attention_back
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.context import AdapterRun, PagedWindow
+from services.gpu_worker.model.layouts import Move
 from services.gpu_worker.model.parallel import ALONE, Group
 
 
@@ -74,6 +75,9 @@ class BackwardContext:
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         return self.group.all_reduce_(x)
+
+    def move(self, x: Tensor, step: Move, width: int) -> Tensor:
+        return self.group.move(x, step, self.tokens.stop - self.tokens.start, width)
 
     def attend(self, q: Tensor, cached: None) -> tuple[Tensor, Tensor]:
         q_NHE = self._heads(q)

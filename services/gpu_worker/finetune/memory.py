@@ -17,6 +17,7 @@ from services.gpu_worker.finetune.policies import LayerPolicies, fit, least_byte
 from services.gpu_worker.finetune.sequence_tensors import window_bytes
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.adapters import AdapterWeights
+from services.gpu_worker.model.layouts import Layout
 from services.gpu_worker.model.peft import Method
 from services.gpu_worker.model.weights import ModelWeights
 
@@ -123,7 +124,7 @@ class JobPlanner:
     ) -> None:
         self._compiled = compiled
         self._model, self._dtype = weights.config, weights.dtype
-        self._parameters = parameter_bytes(weights, compiled.method)
+        self._parameters = parameter_bytes(weights, compiled.method, compiled.layout)
         held_out = validation.lengths if validation else []
         self._longest = max([*training.lengths, *held_out])
         per_step = config.batch_size * config.gradient_accumulation_steps
@@ -192,8 +193,8 @@ def _fits(plan: JobPlan, room: Room) -> bool:
     return plan.memory.device_bytes <= room.most and plan.memory.host_bytes <= room.host
 
 
-def parameter_bytes(weights: ModelWeights, method: Method) -> JobMemory:
-    """Of a method's parameters, without making them."""
-    copy = AdapterWeights(weights, method, torch.device("meta"))
+def parameter_bytes(weights: ModelWeights, method: Method, layout: Layout) -> JobMemory:
+    """Of a rank's part of a method's parameters, without making them."""
+    copy = AdapterWeights(weights, method, layout, torch.device("meta"))
     flat = sum(p.numel for p in copy.parameters) * accumulation_dtype(weights.dtype).itemsize
     return JobMemory(trainable=copy.size_bytes, gradients=flat, optimizer=3 * flat)

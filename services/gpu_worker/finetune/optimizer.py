@@ -15,6 +15,7 @@ from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.kernels.bypass import BlockGradient, ScaledGradient
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.adapters import AdapterWeights
+from services.gpu_worker.model.layouts import ONE_RANK, Layout
 from services.gpu_worker.model.parameters import Key, Parameter, initial
 from services.gpu_worker.model.peft import (
     GROUPS,
@@ -35,12 +36,10 @@ class TrainableParameters:
     `accumulators[layer]` is what a backward program sums gradients into, under the names that it uses.
     """
 
-    def __init__(
-        self, base: ModelWeights, method: Method, job: JobConfig, partial: frozenset[str] = frozenset()
-    ) -> None:
-        """`partial` are keys of parameters that every rank has, with a part of the gradient on each."""
-        self.weights = AdapterWeights(base, method)
-        self._base, self._method, self._job, self._partial = base, method, job, partial
+    def __init__(self, base: ModelWeights, method: Method, job: JobConfig, layout: Layout = ONE_RANK) -> None:
+        """`layout` is for as many ranks as share the base."""
+        self.weights = AdapterWeights(base, method, layout)
+        self._base, self._method, self._job = base, method, job
         self._shards = self.weights.shards
         size = sum(parameter.numel for parameter in self.weights.parameters)
         self.flat = torch.zeros(size, dtype=accumulation_dtype(base.dtype), device=base.device)
@@ -127,12 +126,16 @@ class TrainableParameters:
             ]
             if not members:
                 continue
-            start = self._starts[layer, f"{members[0].name}.a"]
-            shape = len(members) * lora.rank, members[0].in_features
+            first = layer, f"{members[0].name}.a"
+            start, width = self._starts[first], self._shards.shape(first)[1]
+            shape = len(members) * lora.rank, width
             found[f"{group}.a"] = self.grad[start : start + math.prod(shape)].view(shape)
             found[f"{group}.b"] = tuple(
                 BlockGradient(
-                    p.rows, self.weights.columns[p.name], lora.scaling, self.gradients[layer, f"{p.name}.b"]
+                    self.weights.rows[p.name],
+                    self.weights.columns[p.name],
+                    lora.scaling,
+                    self.gradients[layer, f"{p.name}.b"],
                 )
                 for p in members
             )
@@ -171,7 +174,7 @@ class TrainableParameters:
         places = [p.place for p in self.weights.parameters]
         shared = [place for place in places if self._shards.dim(place) is None]
         for place in shared if group.rank else ():
-            if place[1] not in self._partial:
+            if not self._shards.is_partial(place):
                 self.gradients[place].zero_()
         divided = [self.gradients[place] for place in places if self._shards.dim(place) is not None]
         squares = sum((grad.double().square().sum() for grad in divided), self.grad.new_zeros(1).double())

@@ -68,9 +68,7 @@ class Trainer:
         self.job = job
         self.policies = policies
         compiled = policies.compiled
-        self.parameters = TrainableParameters(
-            model.weights, compiled.method, job.config, compiled.partial_gradients
-        )
+        self.parameters = TrainableParameters(model.weights, compiled.method, job.config, compiled.layout)
         self.trained_tokens = 0
         self.skipped_steps = 0  # in a row
         self._model, self._cache = model, cache

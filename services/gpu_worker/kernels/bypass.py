@@ -25,6 +25,18 @@ ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+Move = Callable[[Tensor, int], Tensor]  # a rank's part of a tensor, and the rows of all of it
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What ranks that share a model do with the tensors between a bypass's two products; None: nothing."""
+
+    before: Move | None = None
+    between: Move | None = None
+    after: Move | None = None
+
+
 @dataclass(slots=True)
 class Bottleneck:
     """`up(act(down(source)))` of one projection; its scaling is part of `up_w` and `up_b`."""
@@ -37,7 +49,7 @@ class Bottleneck:
     down_b: Tensor  # [S]
     up_w: Tensor  # [out, S]
     up_b: Tensor  # [out]
-    reduce: Callable[[Tensor], Tensor] | None = None  # sums over ranks that read a part of the source each
+    moves: Moves = Moves()
 
 
 @dataclass(slots=True)
@@ -49,6 +61,7 @@ class Bypass:
     scale: Tensor | None = None  # [out], times the output after the low-rank part
     shift: Tensor | None = None  # [out], added after that
     input_scale: Tensor | None = None  # [in], times the linear's input
+    moves: Moves = Moves()  # of the low-rank part
     bottlenecks: tuple[Bottleneck, ...] = ()
     bases: tuple[
         tuple[str, slice], ...
@@ -63,8 +76,15 @@ class Bypass:
 
     def add_low_rank_(self, y: Tensor, x: Tensor, mask: Tensor | None) -> None:
         """`y` [n, out] += the low-rank part of `x` [n, in]; `mask` [n, in] multiplies what it reads."""
-        if self.a is not None and self.b is not None:
-            y.addmm_((x if mask is None else x * mask) @ self.a.T, self.b.T)
+        if self.a is None or self.b is None:
+            return
+        moves, rows = self.moves, y.shape[0]
+        read = _moved(x if mask is None else x * mask, moves.before, rows)
+        low = _moved(read @ self.a.T, moves.between, rows)
+        if moves.after is None:
+            y.addmm_(low, self.b.T)
+        else:
+            y.add_(moves.after(low @ self.b.T, rows))
 
     def change_(self, y: Tensor, x: Tensor) -> None:
         """The rest: scales `y` and adds the bottlenecks' parts, in place."""
@@ -74,9 +94,15 @@ class Bypass:
             y.add_(self.shift)
         for part in self.bottlenecks:
             target = y[:, part.rows]
-            low = linear(x if part.parallel else target, part.down_w, part.down_b)
-            hidden = ACTIVATE[part.activation](low if part.reduce is None else part.reduce(low))
-            target.add_(linear(hidden, part.up_w, part.up_b))
+            moves, rows = part.moves, y.shape[0]
+            read = _moved(x if part.parallel else target, moves.before, rows)
+            low = _moved(linear(read, part.down_w, part.down_b), moves.between, rows)
+            up = linear(ACTIVATE[part.activation](low), part.up_w, part.up_b)
+            target.add_(_moved(up, moves.after, rows))
+
+
+def _moved(x: Tensor, move: Move | None, rows: int) -> Tensor:
+    return x if move is None else move(x, rows)
 
 
 # --- the same as operations of a program: functional, with a form in place for operands read no more
@@ -111,6 +137,11 @@ def lora_down(x: Tensor, a: Tensor) -> Tensor:
 def lora_up(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
     """`y` [N, out] + `low` [N, R] `b`^T."""
     return torch.addmm(y, low, b.T)
+
+
+def lora_part(low: Tensor, b: Tensor) -> Tensor:
+    """What `lora_up` adds, where the ranks have to move it first."""
+    return low @ b.T
 
 
 def lora_up_(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
@@ -157,7 +188,7 @@ def activate_backward(dy: Tensor, x: Tensor | None, y: Tensor, name: str) -> Ten
 class BlockGradient:
     """Accumulator of a block of a stacked parameter: rows `out`, columns `rank`."""
 
-    out: slice
+    out: slice | Tensor
     rank: slice
     scale: float
     grad: Tensor  # float32 [out, r]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from services.gpu_worker.kernels.bypass import Bottleneck, Bypass
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
-from services.gpu_worker.model.layouts import BACKBONE, ROW, divides_bottleneck
+from services.gpu_worker.model.layouts import BACKBONE, ONE_RANK, ROW, Layout, State
 from services.gpu_worker.model.parameters import Key, Parameter
 from services.gpu_worker.model.peft import (
     EMBEDDING,
@@ -36,15 +36,22 @@ class AdapterWeights:
     Values are set from a method's parameters by `load`; scalings are folded in. All are those of one rank.
     """
 
-    def __init__(self, base: ModelWeights, method: Method, device: torch.device | None = None) -> None:
-        """`device` is the base's own, or "meta" where only sizes matter."""
+    def __init__(
+        self,
+        base: ModelWeights,
+        method: Method,
+        layout: Layout = ONE_RANK,
+        device: torch.device | None = None,
+    ) -> None:
+        """`layout` is for as many ranks as share the base; `device` is its own, or "meta" where only sizes matter."""
         check_method(method, base.config)
         self._device = device or base.device
         self.method = method
-        self.shards = ParameterShards(base, method)
+        self.shards = ParameterShards(base, method, layout)
         self.parameters = self.shards.own
         self.num_virtual_tokens = num_virtual_tokens(method)
         self.columns: dict[str, slice] = {}  # LoRA's targets -> their columns of the stacked rank
+        self.rows: dict[str, slice | Tensor] = {}  # and their rows of the stacked B
         self.layers: list[dict[str, Bypass]] = []
         self.inverse_norms: dict[Key, Tensor] = {}  # DoRA: 1 / length of each row, constant in the gradient
         self.outside: dict[str, Tensor] = {}  # "embed_tokens.a" ..., "prompt.rows", "prefix.rows"
@@ -109,59 +116,65 @@ class AdapterWeights:
                 start = stacked.get(projection.group, 0)
                 stacked[projection.group] = start + self.method.rank
                 self.columns[name] = slice(start, start + self.method.rank)
+        for group in stacked:
+            self.rows |= self.shards.fused_rows(group)[1]
 
     def _empty_layer(self, own: list[Parameter]) -> dict[str, Bypass]:
         bypasses: dict[str, Bypass] = {}
         for parameter in own:
             projection = self._projections[parameter.module]
             bypass = bypasses.setdefault(projection.group, Bypass())
-            self._make_room(bypass, projection, parameter.role)
+            self._make_room(bypass, projection, parameter)
         return bypasses
 
-    def _make_room(self, bypass: Bypass, projection: Projection, role: str) -> None:
+    def _make_room(self, bypass: Bypass, projection: Projection, parameter: Parameter) -> None:
         """Tensors for one parameter of a fused linear, where an earlier one has not made them."""
-        members = [p for p in self._projections.values() if p.group == projection.group]
-        out = members[-1].rows.stop
+        role, layer, group = parameter.role, parameter.layer, projection.group
         if role == "a" and bypass.a is None:
-            rank = max(self.columns[p.name].stop for p in members if p.name in self.columns)
-            bypass.a, bypass.b = self._zeros(rank, projection.in_features), self._zeros(out, rank)
+            self._make_low_rank(bypass, group, parameter.shape[1])
         elif role in ("scale", "magnitude"):
+            out = max(p.rows.stop for p in self._projections.values() if p.group == group)
             bypass.bases = (*bypass.bases, (projection.name, projection.rows))
             if bypass.scale is None:
                 bypass.scale = self._zeros(out).fill_(1)
-            if (
-                role == "magnitude"
-                and projection.group == "qkv"
-                and self._base.config.qkv_bias
-                and bypass.shift is None
-            ):
+            has_bias = group == "qkv" and self._base.config.qkv_bias
+            if role == "magnitude" and has_bias and bypass.shift is None:
                 bypass.shift = self._zeros(out)
         elif role == "input_scale":
             bypass.input_scale = self._zeros(projection.in_features)
         elif role == "down_w":
-            assert isinstance(self.method, BottleneckConfig)
-            size, own = self.method.size, projection.out_features
-            width = projection.in_features if self.method.parallel else own
-            sums = self._sums_inside(projection.group)
-            room = Bottleneck(
-                projection.name,
-                projection.rows,
-                self.method.activation,
-                self.method.parallel,
-                self._zeros(size, width),
-                self._zeros(size),
-                self._zeros(own, size),
-                self._zeros(own),
-                self._base.group.all_reduce_ if sums else None,
-            )
-            bypass.bottlenecks = (*bypass.bottlenecks, room)
+            bypass.bottlenecks = (*bypass.bottlenecks, self._make_bottleneck(projection, layer))
             bypass.bases = (*bypass.bases, (projection.name, projection.rows))
 
-    def _sums_inside(self, group: str) -> bool:
-        """Whether a bottleneck's first product reads features that the ranks share: all their sums are needed
-        before the activation."""
-        assert isinstance(self.method, BottleneckConfig)
-        return self._base.group.size > 1 and divides_bottleneck(group, self.method.parallel)
+    def _make_low_rank(self, bypass: Bypass, group: str, width: int) -> None:
+        """`width` is A's on this rank."""
+        members = [p for p in projections(self._base.whole).values() if p.group == group]
+        rank = max(self.columns[p.name].stop for p in members if p.name in self.columns)
+        bypass.a = self._zeros(rank, width)
+        bypass.b = self._zeros(self.shards.fused_rows(group)[0], rank)
+        widths = members[0].in_features, rank, members[-1].rows.stop
+        bypass.moves = self.shards.moves(group, widths)
+
+    def _make_bottleneck(self, projection: Projection, layer: int | None) -> Bottleneck:
+        method, name = self.method, projection.name
+        assert isinstance(method, BottleneckConfig)
+        whole = projections(self._base.whole)[name]
+        width = whole.in_features if method.parallel else whole.out_features
+
+        def zeros(role: str) -> Tensor:
+            return self._zeros(*self.shards.shape((layer, f"{name}.{role}")))
+
+        return Bottleneck(
+            name,
+            projection.rows,
+            method.activation,
+            method.parallel,
+            zeros("down_w"),
+            zeros("down_b"),
+            zeros("up_w"),
+            zeros("up_b"),
+            self.shards.moves(name, (width, method.size, whole.out_features)),
+        )
 
     # --- values
 
@@ -189,7 +202,8 @@ class AdapterWeights:
         if role == "a" and bypass.a is not None:
             bypass.a[self.columns[projection.name]].copy_(value)
         elif role == "b" and bypass.b is not None:
-            bypass.b[projection.rows, self.columns[projection.name]].copy_(self._scaled(value))
+            rows, columns = self.rows[projection.name], self.columns[projection.name]
+            bypass.b[rows, columns] = self._scaled(value).to(bypass.b.dtype)
         elif role == "scale" and bypass.scale is not None:
             bypass.scale[projection.rows].copy_(value)
         elif role == "input_scale" and bypass.input_scale is not None:
@@ -197,7 +211,8 @@ class AdapterWeights:
         else:
             part = next(b for b in bypass.bottlenecks if b.name == projection.name)
             target: Tensor = getattr(part, role)
-            if role == "down_b" and part.reduce is not None:
+            rule = self.shards.layout.find_rule(projection.name, 0)
+            if role == "down_b" and rule is not None and rule.y is State.PARTIAL:
                 value = value / self._base.group.size  # every rank adds it to its part of the sum
             target.copy_(self._scaled(value) if role.startswith("up") else value)
 
@@ -207,10 +222,9 @@ class AdapterWeights:
         projection = self._projections[parameter.module]
         bypass = self.layers[parameter.layer][projection.group]
         assert bypass.scale is not None
-        device = self._base.device
-        a = values[parameter.layer, f"{projection.name}.a"].to(device)
-        b = self._scaled(values[parameter.layer, f"{projection.name}.b"].to(device))
-        inverse = 1 / self.row_lengths(parameter.layer, projection, a, b)
+        device, beside = self._base.device, self.shards.beside_weight
+        a, b = (beside(values, parameter.layer, projection, role).to(device) for role in "ab")
+        inverse = 1 / self.row_lengths(parameter.layer, projection, a, self._scaled(b))
         self.inverse_norms[parameter.layer, parameter.key] = inverse
         factor = value.to(device=device, dtype=inverse.dtype) * inverse
         bypass.scale[projection.rows].copy_(factor)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from services.gpu_worker.kernels.linear import FrozenLinear
 from services.gpu_worker.kernels.norm_rope import rms_norm_backward, rope_backward
+from services.gpu_worker.model.layouts import Move, State
 
 
 class BackwardContext(Protocol):
@@ -17,6 +18,7 @@ class BackwardContext(Protocol):
     @property
     def rotation(self) -> tuple[Tensor, Tensor]: ...
     def all_reduce_(self, x: Tensor) -> Tensor: ...
+    def move(self, x: Tensor, step: Move, width: int) -> Tensor: ...
     def attend_backward(self, do: Tensor, q: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, None]: ...
     def cache_gradient(self) -> tuple[Tensor, Tensor]: ...
     def without_virtual(self, gradient: Tensor) -> Tensor: ...
@@ -75,6 +77,20 @@ def accumulate_prefix(grad: tuple[Tensor, Tensor], dk: Tensor, dv: Tensor, ctx: 
 def dropout(x: Tensor, ctx: BackwardContext, group: str) -> Tensor:
     """What a low-rank part reads of `x`; its own adjoint, for the mask is a function of the place."""
     return ctx.dropout(x, group)
+
+
+def move(
+    x: Tensor,
+    ctx: BackwardContext,
+    there: tuple[State, State],
+    back: tuple[State, State],
+    width: int,
+) -> Tensor:
+    """`x`, of `width` features in all, from one state on the ranks to another; its gradient goes `back`.
+
+    The result may lie in the memory of `x`, which nobody else reads where it is a sum.
+    """
+    return ctx.move(x, Move(*there), width)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

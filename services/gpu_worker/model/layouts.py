@@ -7,7 +7,8 @@ is the move that takes the gradient to the state which the backward of the tenso
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum
 
 from services.gpu_worker.model.config import ModelConfig, UnsupportedModel
@@ -69,6 +70,10 @@ class Move:
     target: State
 
     @property
+    def stays(self) -> bool:
+        return self.source is self.target
+
+    @property
     def collective(self) -> Collective:
         return MOVES[self.source, self.target]
 
@@ -123,6 +128,7 @@ LINEAR: tuple[Rule, ...] = (
     Rule(Form.TOKENS, _TOKENS, None, _TOKENS, _TOKENS, _TOKENS, True),
     Rule(Form.COLUMNS, _SAME, Split.OUT, _FEATURES, _FEATURES, _SUM, False),
 )
+WHOLE: tuple[Rule, ...] = _REPLICATED  # outside the layers, where every rank computes all
 ELEMENTWISE: tuple[Rule, ...] = (  # a vector over the features, or rows in front of the tensor's own
     *_REPLICATED,
     Rule(Form.TOKENS, _TOKENS, None, _TOKENS, _TOKENS, _TOKENS, True),
@@ -151,12 +157,6 @@ ALONE = Attachment(*[_WHOLE] * 4)  # one rank
 BACKBONE = {"qkv": COLUMN, "o": ROW, "gate_up": COLUMN, "down": ROW}
 
 
-def divides_bottleneck(group: str, parallel: bool) -> bool:
-    """Whether what a bottleneck at this fused linear reads is shared by features: a row-parallel linear's input,
-    or a column-parallel one's output."""
-    return (BACKBONE[group] is ROW) == parallel
-
-
 @dataclass(frozen=True, slots=True)
 class Composition:
     """Products in the order of the forward, and the moves before, between and after them.
@@ -171,6 +171,28 @@ class Composition:
     @property
     def name(self) -> str:
         return "+".join(rule.form.symbol for rule in self.rules)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a method's bypasses lie on the `tp` ranks that share a model: the composition of each site, by its name.
+
+    Sites are LoRA's fused linears, other methods' targets, `<group>.magnitude` and prefix. Of a site that is not
+    named every rank has all, and computes it alone.
+    """
+
+    tp: int = 1
+    compositions: Mapping[str, Composition] = field(default_factory=dict)
+
+    def find(self, site: str) -> Composition | None:
+        return self.compositions.get(site)
+
+    def find_rule(self, site: str, product: int) -> Rule | None:
+        composition = self.compositions.get(site)
+        return None if composition is None else composition.rules[product]
+
+
+ONE_RANK = Layout()
 
 
 def check_tensor_parallel(config: ModelConfig, tp: int) -> None:

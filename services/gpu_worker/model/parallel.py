@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from services.gpu_worker.model.config import ModelConfig
-from services.gpu_worker.model.layouts import BACKBONE, COLUMN, check_tensor_parallel
+from services.gpu_worker.model.layouts import BACKBONE, COLUMN, Collective, Move, State, check_tensor_parallel
 from services.gpu_worker.model.peft import projections
+
+_DIM = {State.TOKENS: 0, State.FEATURES: 1}
 
 
 def share(total: int, rank: int, size: int) -> tuple[int, int]:
@@ -128,6 +130,34 @@ class Group:
         )
         parts = zip(received.split(sizes), shapes, strict=True)
         return torch.cat([part.view(shape) for part, shape in parts], join_dim)
+
+    def move(self, x: Tensor, step: Move, rows: int, width: int) -> Tensor:
+        """Changes how a tensor of [rows, width] in all lies on the ranks. A sum happens in its place, where that is
+        contiguous; nothing else writes to it, but the result may be a view of it.
+
+        A fused linear's rows are in rank-major order where a move divides or joins them (`rank_major_rows`).
+        """
+        whole = {0: rows, 1: width}
+        match step.collective:
+            case Collective.KEEP:
+                return x
+            case Collective.PARTITION:
+                return self.part(x, _DIM[step.target])
+            case Collective.PAD:
+                dim = _DIM[step.source]
+                return self.pad(x, dim, whole[dim])
+            case Collective.REPLICATE:
+                return self.broadcast_(x)
+            case Collective.ALL_GATHER:
+                dim = _DIM[step.source]
+                return self.all_gather(x, dim, whole[dim])
+            case Collective.ALL_REDUCE:
+                return self.all_reduce_(x.contiguous())
+            case Collective.REDUCE_SCATTER:
+                return self.reduce_scatter(x, _DIM[step.target])
+            case Collective.ALL_TO_ALL:
+                dim = _DIM[step.source]
+                return self.all_to_all(x, _DIM[step.target], dim, whole[dim])
 
     def _lengths(self, total: int) -> list[int]:
         bounds = [share(total, rank, self.size) for rank in range(self.size)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from services.gpu_worker.model.adapters import AdapterWeights
 from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.layouts import ONE_RANK, Layout
 from services.gpu_worker.model.parameters import Key, parameters
 from services.gpu_worker.model.peft import (
     EMBEDDING,
@@ -176,7 +177,12 @@ def method_to_peft(method: Method, model: ModelConfig, base_model: str) -> dict[
     )
 
 
-def read_peft(base: ModelWeights, files: Mapping[str, bytes], max_rank: int) -> AdapterWeights:
+def read_peft(
+    base: ModelWeights,
+    files: Mapping[str, bytes],
+    max_rank: int,
+    choose_layout: Callable[[Method], Layout] = lambda method: ONE_RANK,
+) -> AdapterWeights:
     """An adapter from PEFT's two files, of which a rank takes its part. Names, shapes and finiteness are checked
     before anything is used."""
     method = method_from_peft(_settings(files), base.whole)
@@ -191,7 +197,7 @@ def read_peft(base: ModelWeights, files: Mapping[str, bytes], max_rank: int) -> 
         tensors.pop(name, None)
     if tensors:
         raise InvalidAdapter(f"unexpected tensor {sorted(tensors)[0]!r}")
-    weights = AdapterWeights(base, method)
+    weights = AdapterWeights(base, method, choose_layout(method))
     weights.load(
         {p.place: weights.shards.part(p, values[p.place]).to(base.device) for p in weights.parameters}
     )
