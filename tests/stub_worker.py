@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import redis
 
 from shared.config import Settings
-from shared.messages import GenerateRequest, RequestMeta, TokenLogprob, WorkerStatus
+from shared.messages import GenerateRequest, RequestMeta, TierAttainment, TokenLogprob, WorkerStatus
 from shared.queue import Claimed, Emission, InferenceWorkerQueue, open_redis
 
 Answer = Callable[[GenerateRequest], list[int]]
@@ -48,6 +48,7 @@ class StubWorker:
     fail_with: str | None = None  # each request ends with this error ...
     fail_after: int = 0  # ... after so many tokens
     memory_bytes: dict[str, int] = field(default_factory=dict)
+    service_levels: dict[str, TierAttainment] = field(default_factory=dict)
     running: dict[str, Running] = field(default_factory=dict)
     results: list[str] = field(default_factory=list)
 
@@ -119,6 +120,7 @@ class StubWorker:
             running=len(self.running),
             memory_bytes=self.memory_bytes,
             memory_limit_bytes=1000,
+            service_levels=self.service_levels,
         )
         for rid in self.queue.beat([r.claimed for r in self.running.values()], status):
             self.running.pop(rid, None)

@@ -12,13 +12,12 @@ from typing import Any, Literal
 from services.api.adapters import Target
 from services.api.generation import Choice, Delta, Generation
 from services.api.model import cache_salt
-from services.api.schemas.fields import SEED_RANGE
+from services.api.schemas.fields import SEED_RANGE, ServiceTier
 from services.api.state import ApiState
 from shared.keys import KeyOwner
 from shared.messages import GenerateRequest, SamplingParams
+from shared.service_levels import Tier
 from shared.usage import InferenceUsage
-
-Tier = Literal["priority", "default", "flex"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +99,17 @@ class Run:
         self._observe()
 
     def _observe(self) -> None:
-        metrics, now = self._state.metrics, time.monotonic()
+        metrics, tier, now = self._state.metrics, self.order.tier, time.monotonic()
+        metrics.inference_requests.labels(tier).inc()
         num_tokens = sum(choice.num_tokens for choice in self.choices)
         metrics.prompt_tokens.inc(sum(map(len, self.order.prompts)))
         metrics.cached_tokens.inc(self._cached_tokens())
         metrics.completion_tokens.inc(num_tokens)
         if self._first_at is not None:
-            metrics.first_token_s.observe(self._first_at - self._started_at)
+            metrics.first_token_s.labels(tier).observe(self._first_at - self._started_at)
             per_choice = num_tokens / len(self.choices)
             if per_choice > 1:
-                metrics.token_s.observe((now - self._first_at) / (per_choice - 1))
+                metrics.token_s.labels(tier).observe((now - self._first_at) / (per_choice - 1))
 
     def _bill(self) -> InferenceUsage:
         target = self.order.target
@@ -145,7 +145,6 @@ def make_choices(state: ApiState, owner: KeyOwner, order: Order, run_id: str) ->
     return choices
 
 
-def tier_of(asked: str | None) -> Tier:
-    if asked == "priority":
-        return "priority"
-    return "flex" if asked == "flex" else "default"
+def tier_of(asked: ServiceTier | None) -> Tier:
+    """The tier that serves a request: `auto` leaves it to us, and nobody has bought a `scale` of their own."""
+    return asked if asked == "priority" or asked == "flex" else "default"

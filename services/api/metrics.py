@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.api.auth import PUBLIC
@@ -31,15 +34,23 @@ class Metrics:
         self.completion_tokens = Counter(
             "flexllm_completion_tokens", "Tokens generated and delivered", registry=self.registry
         )
+        self.inference_requests = Counter(
+            "flexllm_inference_requests",
+            "Requests for tokens that are over",
+            ["tier"],
+            registry=self.registry,
+        )
         self.first_token_s = Histogram(
             "flexllm_time_to_first_token_seconds",
             "From the request's arrival to its first text",
+            ["tier"],
             buckets=SECONDS,
             registry=self.registry,
         )
         self.token_s = Histogram(
             "flexllm_time_per_output_token_seconds",
             "Mean over a request's tokens after the first",
+            ["tier"],
             buckets=SECONDS,
             registry=self.registry,
         )
@@ -60,6 +71,9 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.attainment = AttainmentCollector()
+        self.registry.register(self.attainment)
+
     def set_memory(self, workers: Iterable[WorkerStatus]) -> None:
         """As the workers reported it; of one that reports no more nothing is left."""
         self.memory_bytes.clear()
@@ -72,6 +86,29 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class AttainmentCollector(Collector):
+    """Counters that workers keep, as they last reported them; of one that reports no more nothing is left."""
+
+    def __init__(self) -> None:
+        self.workers: Iterable[WorkerStatus] = ()
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(
+            "flexllm_slo_requests",
+            "Requests that are over, by whether they met their tier's target",
+            labels=["worker", "tier", "target", "outcome"],
+        )
+        for worker in self.workers:
+            for tier, found in worker.service_levels.items():
+                for target, met, missed in (
+                    ("ttft", found.ttft_met, found.ttft_missed),
+                    ("tpot", found.tpot_met, found.tpot_missed),
+                ):
+                    family.add_metric([worker.worker_id, tier, target, "met"], met)
+                    family.add_metric([worker.worker_id, tier, target, "missed"], missed)
+        return [family]
 
 
 class Observation:

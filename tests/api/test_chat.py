@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import openai
 import pytest
@@ -164,6 +165,46 @@ def test_every_sampling_field_reaches_the_worker(api: Api) -> None:
     assert sampling.logit_bias == {5: 10.0, 6: -100.0}
     assert (sampling.stop_token_ids, sampling.max_tokens, sampling.seed) == ((4,), 9, 2**63 - 1)
     assert request.service_tier == "priority"
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [
+        (openai.omit, "default"),
+        (None, "default"),
+        ("auto", "default"),
+        ("default", "default"),
+        ("scale", "default"),
+        ("flex", "flex"),
+        ("priority", "priority"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_answer_names_the_tier_that_served_it(api: Api, asked: Any, used: str, stream: bool) -> None:
+    client = api.openai()
+    chat: Any = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, service_tier=asked, stream=stream
+    )
+    body = {} if asked is openai.omit else {"service_tier": asked}
+    text: Any = client.completions.create(model="tiny", prompt="hi", stream=stream, extra_body=body)
+    for answer in (chat, text):
+        parts = list(answer) if stream else [answer]
+        assert {part.service_tier for part in parts} == {used}
+    assert [request.service_tier for request in api.requests] == [used, used]
+
+
+@pytest.mark.parametrize("wrong", ["Priority", "batch", "", 1, ["flex"]])
+def test_an_unknown_tier_is_refused_by_the_fields_name(api: Api, wrong: Any) -> None:
+    client = api.openai()
+    for ask in (
+        lambda: client.chat.completions.create(model="tiny", messages=MESSAGES, service_tier=wrong),
+        lambda: client.completions.create(model="tiny", prompt="hi", extra_body={"service_tier": wrong}),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask()
+        assert (caught.value.param, caught.value.type) == ("service_tier", "invalid_request_error")
+        assert "'priority'" in caught.value.message
+    assert api.requests == []
 
 
 def test_fields_of_the_official_schema_without_a_meaning_here_are_accepted(api: Api) -> None:

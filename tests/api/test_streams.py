@@ -12,6 +12,7 @@ import openai
 import psycopg
 import pytest
 
+from shared.messages import TierAttainment
 from shared.queue import open_redis
 from tests.api.conftest import TEXT, Api
 from tests.stub_worker import StubWorker
@@ -194,6 +195,36 @@ def test_the_memory_of_workers_is_told_by_owner(idle_api: Api, make_worker: Make
             f'flexllm_memory_bytes{{owner="weights",place="device",{name}}} 300.0',
             f'flexllm_memory_bytes{{owner="activations",place="device",{name}}} 40.0',
             f"flexllm_memory_limit_bytes{{{name}}} 1000.0",
+        }
+        assert eventually(lambda: wanted <= set(http.get("/metrics").text.splitlines()))
+
+
+def test_figures_of_requests_are_told_by_tier(api: Api) -> None:
+    client = api.openai()
+    for tier in ("flex", "flex", "priority"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, service_tier=tier)
+    with api.http(org=None) as http:
+        lines = set(http.get("/metrics").text.splitlines())
+    for tier, count in {"flex": 2.0, "priority": 1.0}.items():
+        for name in ("inference_requests_total", "time_to_first_token_seconds_count"):
+            assert f'flexllm_{name}{{tier="{tier}"}} {count}' in lines
+
+
+def test_what_workers_say_of_their_service_levels_is_counted(idle_api: Api, make_worker: MakeWorker) -> None:
+    worker = make_worker()
+    with idle_api.http(org=None) as http:
+        assert "flexllm_slo_requests_total{" not in http.get("/metrics").text
+        worker.service_levels = {"flex": TierAttainment(ttft_met=3, ttft_missed=1, tpot_met=2)}
+        worker.beat()
+        labels = f'target="{{}}",tier="flex",worker="{worker.worker_id}"'
+        wanted = {
+            f'flexllm_slo_requests_total{{outcome="{outcome}",{labels.format(target)}}} {count}'
+            for target, outcome, count in [
+                ("ttft", "met", 3.0),
+                ("ttft", "missed", 1.0),
+                ("tpot", "met", 2.0),
+                ("tpot", "missed", 0.0),
+            ]
         }
         assert eventually(lambda: wanted <= set(http.get("/metrics").text.splitlines()))
 

@@ -25,7 +25,6 @@ class ChatFormat:
     run: Run
     tokenizer: ChatTokenizer
     with_logprobs: bool
-    service_tier: str | None
     include_usage: bool = False
 
     async def collect(self, deltas: AsyncIterator[Delta]) -> dict[str, Any]:
@@ -56,14 +55,14 @@ class ChatFormat:
             await deltas.aclose()
 
     def _head(self, kind: str) -> dict[str, Any]:
-        head: dict[str, Any] = {
+        return {
             "id": self.run.id,
             "object": kind,
             "created": self.run.created,
             "model": self.run.order.target.model,
             "system_fingerprint": self.run.order.target.fingerprint,
+            "service_tier": self.run.order.tier,
         }
-        return head | {"service_tier": self.run.order.tier} if self.service_tier else head
 
     def _choice(self, index: int, choice: Collected) -> dict[str, Any]:
         return {

@@ -95,6 +95,7 @@ class CompletionFormat:
             "created": self.run.created,
             "model": self.run.order.target.model,
             "system_fingerprint": self.run.order.target.fingerprint,
+            "service_tier": self.run.order.tier,
         }
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any]:

@@ -28,9 +28,7 @@ async def create(
     request: Request,
 ) -> Response:
     run = Run(state, owner, await make_order(state, owner, body))
-    answer = ChatFormat(
-        run, state.base.tokenizer, bool(body.logprobs), body.service_tier, include_usage=body.includes_usage
-    )
+    answer = ChatFormat(run, state.base.tokenizer, bool(body.logprobs), include_usage=body.includes_usage)
     return await respond(request, run, answer, is_stream=bool(body.stream))
 
 

@@ -33,9 +33,11 @@ async def readyz(state: StateDep) -> JSONResponse:
 async def metrics(state: StateDep) -> Response:
     """Figures of workers are missing while Redis does not answer."""
     try:
-        state.metrics.set_memory(await state.live_workers())
+        workers = await state.live_workers()
     except QueueUnavailable:
-        state.metrics.set_memory([])
+        workers = []
+    state.metrics.set_memory(workers)
+    state.metrics.attainment.workers = workers
     return Response(state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
