@@ -1,33 +1,43 @@
-"""How long an iteration will take: measured at start-up, corrected while serving.
+"""How long an iteration will take: a table measured at start-up, corrected while serving.
 
-Three curves over tokens (fused forward, loss of a training window, backward of a window through one layer)
-and the price of what rows attend to are profiled once. Each prediction is scaled by what the last iterations
-took over what was predicted for them.
+Source: FlexLLM (arXiv 2402.18789), section 6, whose scheduler needs the time of a batch before it runs it. Published
+profiles of such engines jump as soon as one finetuning token is added, stay flat, then climb in stairs, so
+nothing here is assumed to be a straight line: what counts is measured at several points (`engine/fit.py`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-PROFILE_SIZES = (1, 4, 16, 64, 128, 256, 512)  # tokens
-MEMORY = 24  # iterations that a correction is made from
-QUANTILE = 0.75  # of their ratios: predictions stand on the safe side of the median
-MOST = 8.0  # what slows a machine down by more is no rule
-FORGET_EVERY = 10  # iterations without such work, for each ratio
+from services.gpu_worker.engine.correction import Accuracy, Correction, Errors
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one fused forward, or the backward of one window through one layer, has to compute."""
+    """What one fused forward, or the backward of one window through one layer, has to compute.
+
+    The last three fields follow from the others where they are left out: decodes with equally many keys, one
+    window, and one of a job where there are training tokens.
+    """
 
     decodes: int = 0  # rows of one token a sequence
     keys: int = 0  # that decodes read
     window_tokens: int = 0  # rows of prompts and of training windows
     pairs: int = 0  # of such a row and a key from before its window
     loss_tokens: int = 0  # rows of training windows
+    longest: int = 0  # keys of the decode that reads most: all others are padded to it
+    windows: int = 0  # of prompts and of training
+    training_windows: int = 0
+
+    def __post_init__(self) -> None:
+        if self.decodes and not self.longest:
+            object.__setattr__(self, "longest", -(-self.keys // self.decodes))
+        if self.window_tokens and not self.windows:
+            object.__setattr__(self, "windows", 1)
+        if self.loss_tokens and not self.training_windows:
+            object.__setattr__(self, "training_windows", 1)
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -36,17 +46,20 @@ class Work:
             self.window_tokens + other.window_tokens,
             self.pairs + other.pairs,
             self.loss_tokens + other.loss_tokens,
+            max(self.longest, other.longest),
+            self.windows + other.windows,
+            self.training_windows + other.training_windows,
         )
 
 
 @dataclass(slots=True)
 class Curve:
-    """Milliseconds over tokens: linear between measured points and beyond them, never falling.
+    """Milliseconds over tokens: linear between measured points and beyond them, never falling, 0 for none.
 
     Disturbances only ever add time, so a point above a later one is lowered to it.
     """
 
-    sizes: list[int]
+    sizes: list[int]  # ascending
     times_ms: list[float]
 
     def __post_init__(self) -> None:
@@ -64,66 +77,62 @@ class Curve:
         return max(0.0, y0 + (y1 - y0) * (num_tokens - x0) / (x1 - x0))
 
 
-@dataclass(slots=True)
-class Correction:
-    """Actual over predicted in the last iterations, of which a high quantile counts: a machine that slows down
-    is followed, a single disturbance is not."""
-
-    samples: deque[float] = field(default_factory=lambda: deque([1.0] * 8, maxlen=MEMORY))
-    _unobserved: int = 0
-
-    def observe(self, predicted_ms: float, actual_ms: float) -> None:
-        """Without anything to observe the past is slowly forgotten: else a ratio that keeps work from being
-        scheduled would never be put right."""
-        if predicted_ms > 0 and actual_ms > 0:
-            self.samples.append(min(MOST, max(1 / MOST, actual_ms / predicted_ms)))
-            self._unobserved = 0
-            return
-        self._unobserved += 1
-        if self.samples and self._unobserved % FORGET_EVERY == 0:
-            self.samples.popleft()
-
-    @property
-    def factor(self) -> float:
-        if not self.samples:
-            return 1.0
-        return sorted(self.samples)[int(QUANTILE * (len(self.samples) - 1))]
+def nothing() -> Curve:
+    return Curve([0], [0.0])
 
 
 @dataclass(slots=True)
 class LatencyModel:
-    """Predicts parts of an iteration in milliseconds, on the safe side of the mean.
+    """Predicts parts of an iteration in milliseconds, so that few take longer.
 
-    Iterations of decodes alone have a correction of their own: what slows them down, such as long contexts,
-    says little about windows.
+    Where windows are, decodes are rows of theirs: the weights are read once. What each kind of rows needs beside
+    the products that all share comes on top. Corrections are by part, because what slows one down, such as adapters
+    among the decodes, says little about the others.
     """
 
-    forward: Curve
-    loss: Curve
-    backward: Curve
+    forward: Curve  # over rows: one window without keys before it, and decodes beside it
+    training: Curve  # over training rows, on top: their bypasses, what they keep, their loss
+    backward: Curve  # over a window's rows, through one layer
     optimizer_ms: float = 1.0
-    key_ms: float = 0.0  # a decode's key
-    pair_ms: float = 0.0  # a window's pair, forward through all layers
-    backward_pair_ms: float = 0.0  # backward through one
+    keys: Curve = field(default_factory=nothing)  # over decodes times the longest one's keys, on top
+    pairs: Curve = field(default_factory=nothing)  # over windows' pairs, on top; through all layers
+    backward_pairs: Curve = field(default_factory=nothing)  # through one
+    decodes: Curve | None = None  # over decodes alone; as `forward` where there is none
+    beside: Curve = field(default_factory=nothing)  # over decodes, on top where there are windows too
+    window_ms: float = 0.0  # on top for each window after the first
+    training_window_ms: float = 0.0  # the same for training windows: a further job's bypasses
+    _accuracy: Accuracy = field(default_factory=Accuracy)
     _decodes: Correction = field(default_factory=Correction)
     _windows: Correction = field(default_factory=Correction)
     _backward: Correction = field(default_factory=Correction)
 
     def forward_ms(self, work: Work) -> float:
         """One fused forward."""
-        correction = self._windows if work.window_tokens else self._decodes
-        return self._plain_forward_ms(work) * correction.factor
+        return self.table_forward_ms(work) * self._forward_correction(work).factor
 
     def backward_ms(self, work: Work) -> float:
         """One window backward through one layer."""
-        return self._plain_backward_ms(work) * self._backward.factor
+        return self.table_backward_ms(work) * self._backward.factor
 
-    def _plain_forward_ms(self, work: Work) -> float:
-        rows_ms = self.forward(work.decodes + work.window_tokens) + self.loss(work.loss_tokens)
-        return rows_ms + work.keys * self.key_ms + work.pairs * self.pair_ms
+    def _forward_correction(self, work: Work) -> Correction:
+        return self._windows if work.window_tokens else self._decodes
 
-    def _plain_backward_ms(self, work: Work) -> float:
-        return self.backward(work.window_tokens) + work.pairs * self.backward_pair_ms
+    def table_forward_ms(self, work: Work) -> float:
+        """As measured at start-up."""
+        decodes_ms = (self.decodes or self.forward)(work.decodes)
+        context_ms = self.keys(work.decodes * work.longest) + self.pairs(work.pairs)
+        if not work.window_tokens:
+            return decodes_ms + context_ms
+        rows_ms = self.forward(work.decodes + work.window_tokens) + self.beside(work.decodes)
+        further_ms = self.window_ms * (work.windows - 1)
+        if work.training_windows:
+            further_ms += self.training_window_ms * (work.training_windows - 1)
+        return max(decodes_ms, rows_ms) + context_ms + self.training(work.loss_tokens) + further_ms
+
+    def table_backward_ms(self, work: Work) -> float:
+        return self.backward(work.window_tokens) + self.backward_pairs(work.pairs)
+
+    # --- while serving
 
     def observe(
         self,
@@ -132,15 +141,36 @@ class LatencyModel:
         backwards: list[Work],
         backward_ms: float,
         optimizer_ms: float,
+        num_steps: int = 1,
     ) -> None:
-        """Learns from one iteration; `optimizer_ms` is that of one step, 0 where there was none."""
-        predicted_ms = self._plain_forward_ms(forward)
-        has_windows = forward.window_tokens > 0
-        self._windows.observe(predicted_ms if has_windows else 0.0, forward_ms)
-        self._decodes.observe(0.0 if has_windows else predicted_ms, forward_ms)
-        self._backward.observe(sum(self._plain_backward_ms(work) for work in backwards), backward_ms)
-        if optimizer_ms > 0:
-            self.optimizer_ms += 0.3 * (optimizer_ms - self.optimizer_ms)
+        """Learns from one iteration; `optimizer_ms` is that of one of `num_steps` steps, 0 where there was none."""
+        fused_ms = self.table_forward_ms(forward)
+        went_back_ms = sum(map(self.table_backward_ms, backwards))
+        correction, steps_ms = self._forward_correction(forward), num_steps * optimizer_ms
+        step_ms = num_steps * self.optimizer_ms if optimizer_ms > 0 else 0.0
+        self._accuracy.add(
+            fused_ms * correction.level + went_back_ms * self._backward.level + step_ms,
+            fused_ms * correction.factor + went_back_ms * self._backward.factor + step_ms,
+            forward_ms + backward_ms + steps_ms,
+        )
+        for other in (self._decodes, self._windows):
+            other.observe(fused_ms if other is correction else 0.0, forward_ms)
+        self._backward.observe(went_back_ms, backward_ms)
+        self._observe_step(optimizer_ms)
+
+    def _observe_step(self, optimizer_ms: float) -> None:
+        """Part of the way to the last step's time, and no further than one disturbance should take it."""
+        if optimizer_ms > 0 and self.optimizer_ms > 0:
+            self.optimizer_ms *= min(2.0, max(0.5, optimizer_ms / self.optimizer_ms)) ** 0.3
+
+    def errors(self) -> dict[str, Errors]:
+        """Of the last iterations, and of the parts that are corrected each by itself."""
+        return {
+            "iteration": self._accuracy.errors(),
+            "decodes": self._decodes.accuracy.errors(),
+            "windows": self._windows.accuracy.errors(),
+            "backward": self._backward.accuracy.errors(),
+        }
 
 
 def largest(most: int, fits: Callable[[int], bool]) -> int:

@@ -1,108 +1,142 @@
-"""Measures the latency model's curves on the machine and model at hand, in seconds, before serving begins."""
+"""Runs what the latency model is made of on the machine and model at hand, in seconds, before serving begins."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 
-from services.gpu_worker.engine.batch import Batch, Chunk
-from services.gpu_worker.engine.latency import PROFILE_SIZES, Curve, LatencyModel
+from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow
+from services.gpu_worker.engine.fit import SHORT, SMALL, Extent, Span, agrees, fit
+from services.gpu_worker.engine.latency import LatencyModel
 from services.gpu_worker.engine.model_runner import ModelRunner
-from services.gpu_worker.engine.sequence import Sequence
+from services.gpu_worker.engine.profile_cache import ProfileCache
+from services.gpu_worker.engine.sequence import Sequence as Request
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Window
-from services.gpu_worker.finetune.loss import LossSum, window_loss
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.trainer import Trainer, examples_of
-from services.gpu_worker.model.parallel import Group
 
+log = logging.getLogger(__name__)
 REPEATS = 3
-NUM_DECODES = 8
-ENOUGH_MS = 200.0  # what takes longer is not repeated: small disturbances do not matter there
+ENOUGH_MS = 200.0  # what takes longer is repeated once only
+BUDGET_MS = 10_000.0  # after which nothing is repeated: on a machine so busy only the correction can help
 
 
-def profile(runner: ModelRunner, longest: int, policies: LayerPolicies) -> LatencyModel:
-    """Curves up to `longest` tokens, of the backward for a job with these policies. Uses the first blocks of
-    the cache; nothing may be in them yet."""
-    capacity = runner.cache.num_blocks * runner.cache.block_size
-    limit = min(longest, capacity, runner.model.max_position)
-    sizes = [size for size in PROFILE_SIZES if size < limit] + [limit]
-    trainer = _trainer(runner, limit, policies)
-    last = runner.model.config.num_layers - 1  # the first layer's backward ends early
+def profile(
+    runner: ModelRunner, extent: Extent, policies: LayerPolicies, cache: ProfileCache | None = None
+) -> LatencyModel:
+    """The latency model of a machine that trains with these policies: an earlier start's where there is one that
+    still holds. Uses blocks of the key/value cache; nothing may be in them yet."""
+    group = runner.model.weights.group
+    machine = ModelMachine(runner, extent, policies)
+    try:
+        kept = cache.load(group) if cache else None
+        if kept is not None:
+            if agrees(machine, extent, kept):
+                return kept
+            log.warning("the machine is not as fast as its kept profile says: it is measured again")
+        model = fit(machine, extent)
+        if cache:
+            cache.save(model, group)
+        return model
+    finally:
+        machine.close()
 
-    fastest = partial(_fastest, group=runner.model.weights.group)
 
-    def forward(num_sequences: int, start: int, end: int) -> float:
-        return fastest(partial(_forward, runner, num_sequences, start, end))
+def extent_of(runner: ModelRunner, decodes: int, context: int, rows: int, window: int) -> Extent:
+    """What was asked for, as far as the key/value cache and the positions reach."""
+    keys = runner.cache.num_blocks * runner.cache.block_size
+    most = min(keys, runner.model.max_position)
+    rows = min(rows, most)
+    return Extent(decodes, min(context, most), keys, rows, min(window, rows), rows)
 
-    def backward(start: int, end: int) -> float:
-        return fastest(partial(trainer.backward, Window(start, end, last)))
 
-    model = LatencyModel(
-        forward=Curve(sizes, [forward(1, 0, n) for n in sizes]),
-        loss=Curve(sizes, [fastest(partial(_loss, runner, n)) for n in sizes]),
-        backward=Curve(sizes, [backward(0, n) for n in sizes]),
-        optimizer_ms=fastest(partial(trainer.parameters.step, 0.0)),
+class ModelMachine:
+    """The engine's own runner, with two jobs whose examples are nothing but zeros: time does not depend on values."""
+
+    def __init__(self, runner: ModelRunner, extent: Extent, policies: LayerPolicies) -> None:
+        self._runner = runner
+        self._spent_ms = 0.0
+        self._last_layer = runner.model.config.num_layers - 1  # the first layer's backward ends early
+        lengths = (extent.sequence, min(SMALL, extent.window))
+        self._trainers = [_trainer(runner, f"profile-{n}", n, policies) for n in lengths]
+        runner.trainers |= {trainer.job.job_id: trainer for trainer in self._trainers}
+        self.forward(prompts=[(0, lengths[1])])  # what runs for the first time takes longer
+
+    def close(self) -> None:
+        for trainer in self._trainers:
+            self._runner.trainers.pop(trainer.job.job_id, None)
+
+    def forward(
+        self,
+        *,
+        decodes: int = 0,
+        context: int = SHORT,
+        prompts: Sequence[Span] = (),
+        windows: Sequence[Span] = (),
+    ) -> float:
+        return self._fastest(lambda: self._run(decodes, context, prompts, windows))
+
+    def backward(self, start: int, end: int) -> float:
+        window = Window(start, end, self._last_layer)
+        return self._fastest(partial(self._trainers[0].backward, window))
+
+    def optimizer(self) -> float:
+        return self._fastest(partial(self._trainers[0].parameters.step, 0.0))
+
+    def _run(self, decodes: int, context: int, prompts: Sequence[Span], windows: Sequence[Span]) -> None:
+        batch = Batch(decodes=[self._request(i, context, context - 1) for i in range(decodes)])
+        batch.prompts = [
+            Chunk(self._request(i, end, start), start, end - start) for i, (start, end) in enumerate(prompts)
+        ]
+        for trainer, span in zip(self._trainers, windows, strict=False):
+            batch.forwards.append(JobWindow(trainer.job, trainer.job.sequence, Window(*span)))
+        for _, error in self._runner.run(batch).failures:
+            raise error
+
+    def _request(self, index: int, num_tokens: int, num_computed: int) -> Request:
+        """With blocks of its own as far as they last: keys that others have just read would come fast."""
+        cache = self._runner.cache
+        width = -(-num_tokens // cache.block_size)
+        blocks = [(index * width + i) % cache.num_blocks for i in range(width)]
+        tokens = [0] * num_tokens
+        return Request("profile", tokens, num_tokens, block_table=blocks, num_computed_tokens=num_computed)
+
+    def _fastest(self, work: Callable[[], object]) -> float:
+        """Milliseconds of the fastest of a few runs: what the machine can do when nothing disturbs it.
+
+        By rank 0's clock: every rank runs it as often and finds the same.
+        """
+        group = self._runner.model.weights.group
+        times: list[float] = []
+        while len(times) < self._repeats(sum(times)):
+            started = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(group.first((time.perf_counter() - started) * 1000))
+        self._spent_ms += sum(times)
+        return min(times)
+
+    def _repeats(self, taken_ms: float) -> int:
+        if self._spent_ms > BUDGET_MS:
+            return 1
+        return REPEATS if taken_ms < ENOUGH_MS else 2
+
+
+def _trainer(runner: ModelRunner, job_id: str, num_tokens: int, policies: LayerPolicies) -> Trainer:
+    """A job of one example, which has been forward: a backward can follow at once."""
+    dataset = Dataset(
+        np.zeros(num_tokens, np.int32), np.ones(num_tokens, np.uint8), np.array([0, num_tokens])
     )
-    start = limit - max(
-        1, limit // 8
-    )  # of rows that have many keys before them; in the curves they have none
-    rows, pairs = limit - start, max(1, (limit - start) * start)
-    decodes_ms = forward(NUM_DECODES, limit - 1, limit) - model.forward(NUM_DECODES)
-    model.key_ms = max(0.0, decodes_ms) / (NUM_DECODES * limit)
-    model.pair_ms = max(0.0, forward(1, start, limit) - model.forward(rows)) / pairs
-    model.backward_pair_ms = max(0.0, backward(start, limit) - model.backward(rows)) / pairs
-    return model
-
-
-def _fastest(work: Callable[[], object], group: Group) -> float:
-    """Milliseconds of the fastest of a few runs: what the machine can do when nothing disturbs it.
-
-    By rank 0's clock: every rank runs it as often and finds the same.
-    """
-    times: list[float] = []
-    while len(times) < REPEATS and sum(times) < ENOUGH_MS:
-        started = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(group.first((time.perf_counter() - started) * 1000))
-    return min(times)
-
-
-def _forward(runner: ModelRunner, num_sequences: int, start: int, end: int) -> None:
-    """The tokens [start, end) of each sequence; they share their blocks, for values do not matter."""
-    blocks = list(range(-(-end // runner.cache.block_size)))
-    sequences = [
-        Sequence("profile", [0] * end, end, block_table=blocks, num_computed_tokens=start)
-        for _ in range(num_sequences)
-    ]
-    if end - start == 1:
-        runner.run(Batch(decodes=sequences))
-    else:
-        runner.run(Batch(prompts=[Chunk(sequence, start, end - start) for sequence in sequences]))
-
-
-def _loss(runner: ModelRunner, num_tokens: int) -> None:
-    weights = runner.model.weights
-    hidden = torch.ones(
-        num_tokens, runner.model.config.hidden_size, dtype=weights.dtype, device=weights.device
-    )
-    labels = torch.zeros(num_tokens, dtype=torch.int64, device=weights.device)
-    window_loss(runner.model, hidden, labels, LossSum.zero(weights.device), 1.0, torch.empty_like(hidden))
-
-
-def _trainer(runner: ModelRunner, num_tokens: int, policies: LayerPolicies) -> Trainer:
-    """A job of one example whose forward is skipped: the backward's time does not depend on values."""
-    tokens = np.zeros(num_tokens, np.int32)
-    dataset = Dataset(tokens, np.ones(num_tokens, np.uint8), np.array([0, num_tokens]))
     examples = examples_of(dataset, policies.compiled.method)
     num_layers = runner.model.config.num_layers
-    job = FinetuneJob("profile", JobConfig(), examples, None, num_layers, num_tokens)
+    job = FinetuneJob(job_id, JobConfig(), examples, None, num_layers, num_tokens)
     job.blocks = list(range(-(-num_tokens // runner.cache.block_size)))
     trainer = Trainer(runner.model, runner.cache, job, dataset, None, policies)
     trainer.begin(job.sequence)
