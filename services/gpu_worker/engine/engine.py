@@ -17,10 +17,12 @@ from services.gpu_worker.engine.admission import Admission, Offload
 from services.gpu_worker.engine.attainment import Attainment
 from services.gpu_worker.engine.batch import Batch, Timing
 from services.gpu_worker.engine.block_manager import BlockManager
+from services.gpu_worker.engine.latency import LatencyModel
 from services.gpu_worker.engine.memory import MemoryAccount, cache_bytes, free_bytes, total_bytes
 from services.gpu_worker.engine.memory_watch import MemoryWatch
 from services.gpu_worker.engine.model_runner import ModelRunner, RunResult
-from services.gpu_worker.engine.profile import profile
+from services.gpu_worker.engine.profile import extent_of, profile
+from services.gpu_worker.engine.profile_cache import ProfileCache, key_of
 from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling, Sequence
 from services.gpu_worker.engine.slo import DEFAULT_SLO, DEFAULT_TIER, SLO
@@ -28,6 +30,7 @@ from services.gpu_worker.finetune.checkpoint import load_checkpoint, save_checkp
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
 from services.gpu_worker.finetune.memory import JobMemory
+from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.linear import DenseLinear
@@ -64,6 +67,7 @@ class EngineConfig:
     activation_bytes: int = 0  # that one job keeps if it can; 0: its part of these
     offload_activations: Offload = "auto"  # to host memory; auto: what a GPU has no room for
     slos: Mapping[str, SLO] = field(default_factory=lambda: {DEFAULT_TIER: DEFAULT_SLO})  # by tier
+    profile_dir: Path | None = None  # keeps latency profiles from one start to the next; None: none is kept
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:
@@ -137,9 +141,8 @@ class Engine:
         self.adapters = AdapterPool(config.max_adapters)
         self.runner = ModelRunner(self.model, self.cache, self.adapters)
         self.blocks = BlockManager(self.cache.num_blocks, config.block_size)
-        largest = config.scheduler.max_num_batched_tokens + config.scheduler.finetune_window
         policies = self.admission.usual_policies()
-        latency = profile(self.runner, largest, policies)
+        latency = self._make_latency(policies)
         self.scheduler = Scheduler(config.scheduler, self.blocks, latency)
         slack_ms = self.scheduler.slack_beside_decodes_ms(config.slos[DEFAULT_TIER].tpot_ms)
         self.admission.set_pace(policies, latency, config.scheduler.min_window, slack_ms)
@@ -178,6 +181,17 @@ class Engine:
             config.activation_bytes,
         )
 
+    def _make_latency(self, policies: LayerPolicies) -> LatencyModel:
+        config, limits, weights = self.config, self.config.scheduler, self.model.weights
+        rows = limits.max_num_batched_tokens + limits.finetune_window
+        sizes = limits.max_num_seqs, self.max_model_len, rows, limits.finetune_window
+        extent = extent_of(self.runner, *sizes)
+        if config.profile_dir is None:
+            return profile(self.runner, extent, policies)
+        form = f"{config.quantise}/{config.int4_group_size}" if config.quantise == "int4" else config.quantise
+        key = key_of(weights, form, extent, config.block_size, policies)
+        return profile(self.runner, extent, policies, ProfileCache(config.profile_dir, key))
+
     # --- one iteration
 
     @property
@@ -212,6 +226,7 @@ class Engine:
             [window.work for window in batch.backwards],
             timing.backward_ms,
             timing.optimizer_ms / max(1, len(batch.optimizer_steps)),
+            len(batch.optimizer_steps),
         )
 
     def _token_event(self, item: Progress) -> TokenEvent:
