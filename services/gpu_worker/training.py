@@ -221,6 +221,7 @@ class TrainingLink:
                 method_of(lease.spec.peft),
                 prepared.training,
                 prepared.validation,
+                tenant=lease.tenant_id,
                 weight=lease.tenant_weight,
                 checkpoint=prepared.checkpoint,
             )

@@ -387,10 +387,12 @@ class Engine:
         training: Dataset,
         validation: Dataset | None = None,
         *,
+        tenant: str = "",
         weight: float = 1.0,
         checkpoint: Mapping[str, bytes] | None = None,
     ) -> FinetuneJob:
-        """Starts a job, or continues it from a checkpoint's files.
+        """Starts a job, or continues it from a checkpoint's files. Jobs of one tenant share its turns, which are
+        worth its weight.
 
         Raises ValueError for what cannot run, JobMustWait for what does not fit beside the jobs that run.
         """
@@ -409,6 +411,7 @@ class Engine:
             weight,
             trains_layers=plan.policies.compiled.trains_layers,
             can_park=plan.can_park,
+            tenant=tenant,
         )
         longest = self.model.max_position - num_virtual_tokens(method)
         for dataset in filter(None, (training, validation)):

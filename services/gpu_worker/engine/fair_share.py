@@ -22,7 +22,7 @@ class FairShare:
         self._turn = ""
 
     def order(self, weights: Mapping[str, float]) -> list[str]:
-        """Of the keys that have work: whose turn it is, then those who follow in the round.
+        """Of the keys that have work: whose turn it is, then the others, who is owed most first.
 
         Who has no work has no account: nothing is saved up, and nothing owed.
         """
@@ -36,8 +36,11 @@ class FairShare:
             self._begin_turn(keys[0])
         while self._accounts[self._turn].deficit <= 0:
             self._begin_turn(keys[(keys.index(self._turn) + 1) % len(keys)])
-        first = keys.index(self._turn)
-        return keys[first:] + keys[:first]
+        others = (key for key in keys if key != self._turn)
+        return [self._turn, *sorted(others, key=self._owed, reverse=True)]
+
+    def _owed(self, key: str) -> float:
+        return self._accounts[key].deficit / self._accounts[key].weight
 
     def charge(self, key: str, num_tokens: float) -> None:
         self._accounts[key].deficit -= num_tokens

@@ -48,20 +48,20 @@ class FinetuneScheduler:
         window = self._window if self.pressure is Pressure.NONE else self._min_window
         forced = forced or self.is_starved
         filling = _Filling(batch, latency, self._blocks, batch.limit_ms, window, self._min_window, forced)
-        served = {tenant: sum(map(filling.add, jobs)) for tenant, jobs in self._by_turn().items()}
-        self._charge(served)
+        turns = self._by_turn()
+        for tenant, jobs in turns.items():
+            self._shares.charge(tenant, sum(map(filling.add, jobs)))
+        if turns and not any(job.blocks for job in next(iter(turns.values()))):
+            self._shares.end_turn()  # who has no memory must not keep it
         self._starved = 0 if batch.has_finetuning else self._starved + 1
 
     def fill_with_a_sequence(self, batch: Batch, latency: LatencyModel) -> None:
         """What is left of one training sequence, and the update behind a step's last one, in one piece."""
         filling = _Filling(batch, latency, self._blocks, math.inf, self._longest, self._min_window, True)
-        served: dict[str, float] = {}
         for tenant, jobs in self._by_turn().items():
-            served[tenant] = 0.0
             for job in jobs:
                 if not batch.has_finetuning:
-                    served[tenant] += filling.add(job)
-        self._charge(served)
+                    self._shares.charge(tenant, filling.add(job))
 
     @property
     def _longest(self) -> int:
@@ -73,14 +73,6 @@ class FinetuneScheduler:
             jobs.setdefault(job.tenant or job.job_id, []).append(job)
         order = self._shares.order({tenant: own[0].weight for tenant, own in jobs.items()})
         return {tenant: jobs[tenant] for tenant in order}
-
-    def _charge(self, served: dict[str, float]) -> None:
-        """By tenant, whose turn it is first."""
-        for tenant, num_tokens in served.items():
-            self._shares.charge(tenant, num_tokens)
-        mine, *others = served.values()
-        if not mine and any(others):
-            self._shares.end_turn()
 
 
 @dataclass(slots=True)
