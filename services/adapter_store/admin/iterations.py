@@ -27,7 +27,7 @@ Column = list[float | None]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The iterations [start, end) of those that were read. An empty one has no means and no last."""
+    """The iterations [start, end) of those that were read. An empty one has no means."""
 
     columns: dict[str, list[float]]
     start: int
@@ -38,9 +38,6 @@ class Span:
 
     def mean(self, name: str) -> float:
         return self.sum(name) / (self.end - self.start)
-
-    def last(self, name: str) -> float:
-        return self.columns[name][self.end - 1]
 
     @property
     def total_ms(self) -> float:
@@ -90,7 +87,7 @@ def began_s(iterations: Iterations, index: int) -> float:
 def measure(span: Span | None, total_blocks: int) -> dict[str, float | None]:
     if span is None:
         return dict.fromkeys(MEASURES)
-    used_blocks = total_blocks - span.last("free_blocks")
+    used_blocks = total_blocks - span.mean("free_blocks")
     values = (
         *(span.mean(column) for column in KINDS.values()),
         span.total_ms / (span.end - span.start),
