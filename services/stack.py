@@ -66,6 +66,8 @@ def stack_settings(
     state: State, postgres: EmbeddedPostgres, redis: EmbeddedRedis, options: Options
 ) -> Settings:
     """The environment's settings, with servers and secrets of the state."""
+    chosen = Settings()
+    profiles = chosen.profile_dir if "profile_dir" in chosen.model_fields_set else str(state.profiles_dir)
     return Settings(
         database_url=postgres.url,
         redis_url=redis.url_of(0),
@@ -73,6 +75,7 @@ def stack_settings(
         object_store_url=f"file://{state.directory / 'objects'}",
         spool_dir=state.directory / "spool",
         model_dir=options.model_dir,
+        profile_dir=profiles,
         api_port=options.api_port,
         store_port=options.store_port,
         adapter_store_url=f"http://127.0.0.1:{options.store_port}",

@@ -29,6 +29,7 @@ class State:
     def __init__(self, directory: Path) -> None:
         self.directory = directory.resolve()
         self.models_dir = self.directory / "models"
+        self.profiles_dir = self.directory / "profiles"
         self.logs_dir = self.directory / "logs"
         self.secrets_path = self.directory / "secrets.json"
         self.key_path = self.directory / "dev-key"

@@ -135,6 +135,9 @@ class WorkerStatus(Message):
     inference_tokens_per_s: float = 0.0
     finetune_tokens: float = 0.0  # since the worker's start
     inference_tokens: int = 0
+    latency_error_p50: float = 0.0  # |actual / expected - 1| of the last iterations' time
+    latency_error_p95: float = 0.0
+    latency_exceeded: float = 0.0  # share of them that took longer than the scheduler had planned
     service_levels: dict[str, TierAttainment] = Field(default_factory=dict)  # by tier
 
 

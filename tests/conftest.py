@@ -106,6 +106,7 @@ def settings(
         celery_broker_url=redis_server.celery_url_of(1),
         object_store_url=f"file://{tmp_path}/objects",
         spool_dir=tmp_path / "spool",
+        profile_dir=str(tmp_path / "profiles"),
         internal_token="internal-token-of-the-tests",
         key_pepper="pepper-of-the-tests",
         admin_password="password-of-the-tests",

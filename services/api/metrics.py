@@ -74,6 +74,19 @@ class Metrics:
         self.attainment = AttainmentCollector()
         self.registry.register(self.attainment)
 
+        self.latency_error = Gauge(
+            "flexllm_latency_error_ratio",
+            "How far a worker's last iterations were off what it expected them to take",
+            ["worker", "quantile"],
+            registry=self.registry,
+        )
+        self.latency_exceeded = Gauge(
+            "flexllm_latency_exceeded_ratio",
+            "Share of a worker's last iterations that took longer than planned",
+            ["worker"],
+            registry=self.registry,
+        )
+
     def set_memory(self, workers: Iterable[WorkerStatus]) -> None:
         """As the workers reported it; of one that reports no more nothing is left."""
         self.memory_bytes.clear()
@@ -83,6 +96,15 @@ class Metrics:
             for place, owners in (("device", worker.memory_bytes), ("host", worker.host_memory_bytes)):
                 for owner, num_bytes in owners.items():
                     self.memory_bytes.labels(worker.worker_id, place, owner).set(num_bytes)
+
+    def set_latency(self, workers: Iterable[WorkerStatus]) -> None:
+        """As the workers reported it; of one that reports no more nothing is left."""
+        self.latency_error.clear()
+        self.latency_exceeded.clear()
+        for worker in workers:
+            self.latency_exceeded.labels(worker.worker_id).set(worker.latency_exceeded)
+            self.latency_error.labels(worker.worker_id, "0.5").set(worker.latency_error_p50)
+            self.latency_error.labels(worker.worker_id, "0.95").set(worker.latency_error_p95)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -8,6 +8,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import structlog
@@ -137,6 +138,7 @@ class Worker:
         self._beat_s = now
         inference, finetune = self._meter.rates()
         scheduler, memory = self._engine.scheduler, self._engine.memory()
+        errors = scheduler.latency.errors()["iteration"]
         self._inference.beat(
             WorkerStatus(
                 worker_id=self.worker_id,
@@ -155,6 +157,9 @@ class Worker:
                 inference_tokens_per_s=inference,
                 finetune_tokens=self._meter.finetune,
                 inference_tokens=self._meter.inference,
+                latency_error_p50=errors.p50,
+                latency_error_p95=errors.p95,
+                latency_exceeded=errors.exceeded,
                 service_levels=attainment_of(self._engine),
             )
         )
@@ -183,6 +188,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         dtype=settings.dtype,
         num_threads=settings.num_threads,
         quantise=settings.quantise,
+        profile_dir=Path(settings.profile_dir) if settings.profile_dir else None,
         int4_group_size=settings.int4_group_size,
         block_size=settings.block_size,
         kv_cache_bytes=settings.kv_cache_bytes,

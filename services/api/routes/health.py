@@ -37,6 +37,7 @@ async def metrics(state: StateDep) -> Response:
     except QueueUnavailable:
         workers = []
     state.metrics.set_memory(workers)
+    state.metrics.set_latency(workers)
     state.metrics.attainment.workers = workers
     return Response(state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
