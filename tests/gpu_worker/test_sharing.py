@@ -149,7 +149,6 @@ def test_a_default_request_does_not_lose_its_place_to_a_prior_one() -> None:
 
 
 def test_flexible_decodes_wait_where_they_would_make_others_late_but_not_for_ever() -> None:
-    """Each decode takes half a millisecond: eight of them are too many for 5 ms between tokens."""
     latency = make_latency(5.0)
     tight = SLO(tpot_ms=14.0, ttft_ms=1000.0, rank=1)
     world = make_world(num_blocks=400, max_num_seqs=16, latency=latency)
@@ -162,7 +161,7 @@ def test_flexible_decodes_wait_where_they_would_make_others_late_but_not_for_eve
         world.step()
     assert max(world.gaps_ms["tight"][1:]) <= 14.0
     flexible = [gap for name, gaps in world.gaps_ms.items() if name != "tight" for gap in gaps]
-    assert 14.0 < max(flexible) <= 1.2 * FLEX.tpot_ms
+    assert 14.0 < max(flexible) <= FLEX.tpot_ms
     world.run()
     assert all(len(tokens) == 40 for tokens in world.outputs.values())
 

@@ -57,7 +57,7 @@ def chunk_work(start: int, num_tokens: int) -> Work:
 
 def decode_work(sequences: list[Sequence]) -> Work:
     keys = [sequence.num_computed_tokens + 1 for sequence in sequences]
-    return Work(decodes=len(keys), keys=sum(keys))
+    return Work(decodes=len(keys), keys=sum(keys), longest=max(keys, default=0))
 
 
 def window_work(sequence: TrainingSequence, start: int, end: int) -> Work:

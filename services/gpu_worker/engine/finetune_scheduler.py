@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from services.gpu_worker.engine.batch import Batch, JobWindow, window_work
 from services.gpu_worker.engine.fair_share import FairShare
@@ -120,19 +121,24 @@ class _Filling:
 
     def _add_backwards(self, job: FinetuneJob) -> None:
         batch, latency, sequence = self.batch, self.latency, job.sequence
+
+        @cache  # layer after layer has the same windows
+        def cost_ms(start: int, end: int) -> float:
+            return latency.backward_ms(window_work(sequence, start, end))
+
         while job.phase is Phase.BACKWARD:
             left_ms, end = self.limit_ms - batch.predicted_ms, job.position
 
             def fits(size: int, left_ms: float = left_ms, end: int = end) -> bool:
-                return latency.backward_ms(window_work(sequence, end - size, end)) <= left_ms
+                return cost_ms(end - size, end) <= left_ms
 
             size = self._size(end, self.forced and not batch.has_finetuning, fits)
             if not size:
                 return
-            work = JobWindow(job, sequence, job.next_backward(size))
-            job.complete(work.window)
-            batch.backwards.append(work)
-            batch.predicted_ms += latency.backward_ms(work.work)
+            window = job.next_backward(size)
+            job.complete(window)
+            batch.backwards.append(JobWindow(job, sequence, window))
+            batch.predicted_ms += cost_ms(window.start, window.end)
 
     def _add_update(self, job: FinetuneJob) -> None:
         batch, cost_ms = self.batch, self.latency.optimizer_ms

@@ -158,20 +158,25 @@ class Scheduler:
         if len(decodes) > self.config.max_num_batched_tokens:
             decodes = sorted(decodes, key=Sequence.deadline_s)[: self.config.max_num_batched_tokens]
         batch.decodes = decodes
-        if limits.has_flexible:
-            late = [s for s in decodes if s.deadline_s() <= now_s]
-            others = [s for s in decodes if s.slo.rank < FLEX or s in late]
-            flexible = [s for s in decodes if s.slo.rank == FLEX and s not in late]
-            limit_ms = limits.by_rank[FLEX - 1]
-            fitting = largest(
-                len(flexible),
-                lambda n: self.latency.forward_ms(decode_work(others + flexible[:n])) <= limit_ms,
-            )
-            batch.decodes = others + flexible[:fitting]
+        others_ms = limits.by_rank[FLEX - 1]
+        if limits.has_flexible and self.latency.forward_ms(batch.inference_work) > others_ms:
+            self._hold_back_flexible(batch, others_ms, now_s)
         size = self.blocks.block_size
         for sequence in [s for s in batch.decodes if len(s.block_table) * size < len(s.tokens)]:
             if sequence in self.running:  # else it was preempted for another
                 self._grow(batch, sequence, sequence.num_tokens)
+
+    def _hold_back_flexible(self, batch: Batch, limit_ms: float, now_s: float) -> None:
+        """All flexible decodes that have time, but for those that fit into the others' limit."""
+        urgent = [s for s in batch.decodes if s.slo.rank < FLEX or s.deadline_s() <= now_s]
+        waiting = (s for s in batch.decodes if s not in urgent)
+        flexible = sorted(waiting, key=Sequence.deadline_s)  # so that they take turns
+        fitting = largest(
+            len(flexible),
+            lambda n: self.latency.forward_ms(decode_work(urgent + flexible[:n])) <= limit_ms,
+        )
+        for sequence in flexible[fitting:]:
+            batch.drop(sequence)
 
     def _prompts(self) -> list[Sequence]:
         return [s for s in self.running if len(s.tokens) - s.num_computed_tokens > 1]
