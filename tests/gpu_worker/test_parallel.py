@@ -12,6 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.sequence import Sampling
+from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.model.config import ModelConfig, UnsupportedModel
 from services.gpu_worker.model.parallel import (
     ALONE,
@@ -22,8 +25,12 @@ from services.gpu_worker.model.parallel import (
     shard_of,
     share,
 )
+from services.gpu_worker.model.peft import LoraConfig
+from services.gpu_worker.ranks import open_engine
 from tests.builders import make_tiny_model
+from tests.gpu_worker.engines import make_adapter, make_config, make_engine, prompt_of, run
 from tests.gpu_worker.ranks import DTYPES, cases, every_collective, everything, numbered, on_ranks, run_cases
+from tests.gpu_worker.training import make_dataset
 
 TOLERANCE = 1e-10
 SHAPES = ((5, 6), (8, 8), (1, 8))
@@ -81,6 +88,39 @@ def test_the_cases_are_all_layouts_that_are_legal(folder: Path) -> None:
         assert {c for k, s, c in found if (k, s) == (kind, site)} == set(forms.split())
     for kind in ("dora", "dropout", "rslora"):
         assert {c for k, s, c in found if (k, s) == (kind, "qkv")} >= {"①+④", "②+④"}
+
+
+def serve_and_train(engine: Engine, method: LoraConfig) -> tuple[list[list[int]], list[tuple[float, float]]]:
+    """Tokens of three requests of which two use an adapter, and a job's loss and gradient norm by step."""
+    engine.load_adapter("a", make_adapter(engine.model.weights.whole, method, std=0.02))
+    how = Sampling(max_tokens=6)
+    for number, adapter in enumerate(("a", None, "a")):
+        engine.add(f"r{number}", prompt_of(engine, 5 + number, number), how, adapter=adapter)
+    dataset = make_dataset([20, 9], engine.model.config.vocab_size)
+    engine.add_job("job", JobConfig(batch_size=2, n_epochs=2, epsilon=1e-4), method, dataset)
+    outputs, events = run(engine, "r0", "r1", "r2")
+    reports = [event.report for event in events + run(engine)[1] if event.report is not None]
+    curve = [(r.train_loss, r.grad_norm) for r in reports if r.train_loss is not None and r.grad_norm]
+    return [output.tokens for output in outputs.values()], curve
+
+
+def test_a_worker_executes_what_it_chooses_for_a_high_rank(tmp_path: Path) -> None:
+    """Over gloo sharing out A's product costs less than computing all of it on every rank."""
+    folder = make_tiny_model(
+        tmp_path / "wide", num_layers=1, hidden_size=2048, num_heads=16, intermediate_size=128
+    )
+    method = LoraConfig(256, 256.0, ("gate_proj", "up_proj", "down_proj"))
+    options = {"max_lora_rank": method.rank, "num_threads": 1}
+    with open_engine(make_config(folder, **options), 2) as ranks:
+        ours = serve_and_train(ranks, method)
+        for weights in (ranks.adapters.get("a"), ranks.runner.trainers["job"].parameters.weights):
+            composition = weights.shards.layout.find("gate_up")
+            assert composition is not None and composition.name == "③+③"
+    theirs = serve_and_train(make_engine(folder, **options), method)
+    assert ours[0] == theirs[0] and theirs[0][0] != theirs[0][1]
+    assert len(theirs[1]) == 2
+    for found, expected in zip(ours[1], theirs[1], strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import Graph
 
 from services.gpu_worker.compiler.emit import emit_backward
+from services.gpu_worker.compiler.operations import ALL_REDUCE_FLOPS
 from services.gpu_worker.compiler.parallelize import ParallelPlan, parallelize
 from services.gpu_worker.compiler.programs import CompiledMethod, ForwardPrograms
 from services.gpu_worker.compiler.shard import trace_rank
@@ -20,11 +21,7 @@ from services.gpu_worker.compiler.trace import trace
 from services.gpu_worker.kernels.quantised import quantise
 from services.gpu_worker.model import layer, layer_backward
 from services.gpu_worker.model.config import ModelConfig, UnsupportedModel
-from services.gpu_worker.model.layouts import (
-    Collective,
-    Move,
-    Split,
-)
+from services.gpu_worker.model.layouts import Collective, Layout, Move, Split
 from services.gpu_worker.model.parallel import Group, read_shard
 from services.gpu_worker.model.parameters import parameters
 from services.gpu_worker.model.peft import LoraConfig, Method, PrefixConfig
@@ -219,12 +216,27 @@ def test_a_policy_that_keeps_next_to_nothing_sums_again(config: ModelConfig) -> 
     assert (sums_of(lean), sums_of(rich)) == (3, 2)
 
 
+def test_what_a_bypass_sends_is_counted_where_it_is_computed_again(config: ModelConfig) -> None:
+    """Half of A's product is saved, and its sum is sent; nobody can keep it."""
+    found, lean = plan(config, METHODS["lora"]), {}
+    for candidate in found.plan_of("qkv").candidates:
+        layout = Layout(2, {**found.layout.compositions, "qkv": candidate.composition})
+        compiled = CompiledMethod(
+            config, METHODS["lora"], dtype=torch.float32, sequence_length=64, layout=layout
+        )
+        assert not any("low" in label for policy in compiled.policies for label in policy.kept)
+        lean[candidate.name] = compiled.policies[-1].flops_per_token
+    rank, product = 3 * 4, 2 * config.hidden_size * 3 * 4
+    assert lean["②+④"] - lean["①+④"] == rank * ALL_REDUCE_FLOPS - product / 2
+    assert lean["③+④"] - lean["①+④"] == rank * ALL_REDUCE_FLOPS / 2 - product / 2
+
+
 # --- what is trained
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("tp", [2, 4])
-def test_a_rank_holds_the_shapes_of_the_plan_that_is_executed(
+def test_a_rank_holds_the_shapes_of_what_is_chosen(
     folder: Path, config: ModelConfig, name: str, tp: int
 ) -> None:
     method = METHODS[name]
