@@ -1,4 +1,4 @@
-"""Predictions: curves never fall, corrections follow the machine, sizes that fit are the largest that do."""
+"""Predictions: curves never fall, parts are corrected each by itself, sizes that fit are the largest that do."""
 
 from __future__ import annotations
 
@@ -46,6 +46,38 @@ def test_what_rows_attend_to_costs_time() -> None:
     assert latency.backward_ms(Work(window_tokens=40, pairs=8000)) == pytest.approx(2.2 + 0.8)
     mixed = Work(decodes=4, keys=4000) + Work(window_tokens=40, pairs=8000, loss_tokens=40)
     assert latency.forward_ms(mixed) == pytest.approx(2.0 + 4.4 + 0.8 + 4.0 + 0.8)
+
+
+def test_windows_are_counted_where_nobody_says_how_many() -> None:
+    work = Work(decodes=2, keys=9) + Work(window_tokens=5) + Work(window_tokens=7, loss_tokens=7)
+    assert (work.longest, work.windows, work.training_windows) == (5, 2, 1)
+    assert sum([Work(decodes=1, keys=n) for n in (3, 9, 4)], Work()).longest == 9
+
+
+def test_further_windows_cost_extra() -> None:
+    latency = make_latency()
+    latency.window_ms, latency.training_window_ms = 3.0, 5.0
+    one = Work(window_tokens=40, loss_tokens=40)
+    two = Work(window_tokens=20, loss_tokens=20) + Work(window_tokens=20, loss_tokens=20)
+    assert latency.forward_ms(two) == pytest.approx(latency.forward_ms(one) + 8.0)
+
+
+def test_an_iteration_is_judged_by_all_that_it_computed() -> None:
+    latency = make_latency()
+    expected = latency.forward_ms(WINDOW), 2 * latency.backward_ms(WINDOW), 2 * latency.optimizer_ms
+    latency.observe(WINDOW, expected[0], [WINDOW, WINDOW], expected[1], expected[2] / 2, 2)
+    latency.observe(DECODES, 2 * latency.forward_ms(DECODES), [], 0.0, 0.0)
+    errors = latency.errors()
+    assert errors["windows"].p95 == errors["backward"].p95 == pytest.approx(0.0, abs=1e-9)
+    assert errors["iteration"].count == 2 and errors["iteration"].p50 == pytest.approx(0.0, abs=1e-9)
+    assert errors["decodes"].p95 == errors["iteration"].p95 == pytest.approx(1.0)
+    assert errors["iteration"].exceeded == 0.5
+
+
+def test_a_stall_in_an_optimizer_step_does_not_make_steps_too_long_to_schedule() -> None:
+    latency = make_latency()
+    latency.observe(Work(), 0.0, [], 0.0, 10_000.0)
+    assert latency.optimizer_ms < 1.3
 
 
 @pytest.mark.parametrize("slowness", [0.5, 1.0, 2.5])
