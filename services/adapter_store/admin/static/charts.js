@@ -63,7 +63,7 @@ class Chart {
         axis({ size: 24, gap: 4, space: time ? 90 : 70, values: time ? clock : ticks }),
         axis({ size: 46, gap: 6, space: element.clientHeight > 180 ? 34 : 22, values: words }),
       ],
-      padding: [8, 10, 0, 0],
+      padding: [8, time ? 26 : 10, 0, 0], // half of the last time is written beyond its tick
       series: [{}, ...series],
       legend: { show: false },
       cursor: { y: false, points: { size: 6 }, ...(sync ? { sync: { key: sync } } : {}) },
