@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,28 @@ def test_a_rank_holds_its_part(folder: Path) -> None:
     assert plan.rank.weight_bytes < plan.weights.bytes_by_form["none"]
     for site in {candidate.site for candidate in plan.parallel}:
         assert [c.is_chosen for c in plan.parallel if c.site == site].count(True) == 1
+
+
+def test_a_rank_holds_what_the_chosen_layouts_leave_to_it() -> None:
+    """Over gloo A's product of a high rank is shared out, and with it A."""
+    request = Request(
+        "Llama-3.1-8B",
+        preset("Llama-3.1-8B"),
+        replace(LORA, rank=128),
+        sequence_tokens=1024,
+        tensor_parallel=4,
+        hardware="cpu",
+    )
+    planner = Planner(request)
+    chosen = [candidate for candidate in planner.candidates() if candidate.is_chosen]
+    assert {candidate.name for candidate in chosen} == {"②+④"}
+    rank = planner.rank()
+    bytes_each = 2 + 4 + 12  # the copy that computes, gradient, master and moments
+    size = sum(candidate.trainable_bytes_per_rank for candidate in chosen)
+    assert rank.adapter.num_parameters * bytes_each == 32 * size
+    assert rank.adapter.gradient_bytes == 4 * rank.adapter.num_parameters
+    assert rank.adapter.num_parameters * 4 == planner.adapter().num_parameters
+    assert 0 < rank.memory.window.backward_bytes < planner.memory(planner.policies).window.backward_bytes
 
 
 def test_nothing_is_kept_where_the_layers_are_not_trained(folder: Path) -> None:

@@ -12,7 +12,7 @@ from services.gpu_worker.compiler.operations import TRACED
 from services.gpu_worker.kernels import bypass as kernels
 from services.gpu_worker.model import layer, layer_backward
 from services.gpu_worker.model.config import ModelConfig
-from services.gpu_worker.model.layouts import ONE_RANK, Layout, Split, State
+from services.gpu_worker.model.layouts import ONE_RANK, Layout, State
 from services.gpu_worker.model.parallel import shard_config
 from services.gpu_worker.model.peft import (
     BottleneckConfig,
@@ -151,9 +151,9 @@ class _Insertion:
         assert isinstance(self.method, LoraConfig)
         fused = [p for p in projections(self.whole).values() if p.group == group]
         inputs, out, rank = fused[0].in_features, fused[-1].rows.stop, len(members) * self.method.rank
-        width = self.shapes[f"{members[0].name}.a"][1]
-        rule = self.layout.find_rule(group, 1)
-        own_out = out // (self.layout.tp if rule is not None and rule.split is Split.OUT else 1)
+        first = next(p for p in fused if p.name == members[0].name)
+        width, rows = self.shapes[f"{first.name}.a"][1], self.shapes[f"{first.name}.b"][0]
+        own_out = out * rows // first.out_features  # of all projections a rank has the same part
         self.last = node
         a = self._put_fetch(kernels.fetch, f"{group}.a", (rank, width), group, "a")
         b = self._put_fetch(kernels.fetch, f"{group}.b", (own_out, rank), group, "b")
