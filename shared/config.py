@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     max_lora_rank: int = Field(default=128, ge=1)
     max_finetune_jobs: int = Field(default=4, ge=0)  # jobs in training at once on one worker
     finetune_window: int = Field(default=256, ge=1)  # largest window, tokens
+    # who gets the iterations; all but coserve are there to be compared with
+    sharing: Literal["coserve", "inference-only", "finetune-only", "temporal", "temporal-dynamic"] = "coserve"
+    sharing_period: int = Field(default=64, ge=1)  # of temporal sharing: iterations of inference between two others
     finetune_tokens_in_flight: int = Field(default=2048, ge=16)  # tokens of one packed training sequence
     finetune_bytes: int = Field(default=0, ge=0)  # that all jobs may hold; 0: a share of what serving leaves
     activation_bytes: int = Field(default=0, ge=0)  # that one job keeps if it can; 0: its part of these

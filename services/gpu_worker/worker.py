@@ -208,6 +208,8 @@ def engine_config(settings: Settings) -> EngineConfig:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=settings.max_model_len,
             finetune_window=settings.finetune_window,
+            sharing=settings.sharing,
+            period=settings.sharing_period,
             idle_ms=idle_ms(settings),
         ),
     )

@@ -1,0 +1,306 @@
+"""Serving and finetuning at once, by every way of sharing the machine, on a real trace: `python -m
+benchmarks.coserve`.
+
+For each policy and rate the same requests arrive at the same times while one LoRA job trains on GSM8K. All policies
+are the same engine; `spatial` is two processes of it with half of the threads each. A request attains its service
+level where its first token and its mean time between tokens are both within it. Finetuning counts what went forward
+and backward while requests arrived; what an ideal scheduler could train is the time in which inference alone leaves
+the machine idle, at the speed of finetuning alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import statistics
+import time
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import coserve_plot
+from benchmarks.arrivals import Arrival, arrivals
+from benchmarks.peers import RANK, TARGETS, Training, load_examples
+from benchmarks.report import save
+from services.gpu_worker.engine.engine import Engine, EngineConfig
+from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.sequence import Sampling
+from services.gpu_worker.engine.sharing import SharingName
+from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
+from services.gpu_worker.finetune.job import JobConfig
+from services.gpu_worker.model.peft import LoraConfig
+
+CONTEXT = 2048
+JOB = JobConfig(n_epochs=100_000, batch_size=4, learning_rate=2e-4)
+POLICIES: dict[str, tuple[SharingName, int]] = {
+    "coserve": ("coserve", 0),
+    "inference-only": ("inference-only", 0),
+    "temporal-16": ("temporal", 16),
+    "temporal-64": ("temporal", 64),
+    "temporal-dynamic": ("temporal-dynamic", 64),
+}
+console = Console()
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Of one run of the benchmark."""
+
+    model: Path
+    dtype: str
+    threads: int
+    slo: SLO
+    seconds: float
+
+
+@dataclass(slots=True)
+class Served:
+    """Times of one request's tokens, seconds after it came."""
+
+    arrival: Arrival
+    tokens_s: list[float] = field(default_factory=list)
+
+    @property
+    def ttft_ms(self) -> float:
+        return self.tokens_s[0] * 1000
+
+    @property
+    def tpot_ms(self) -> float:
+        return (self.tokens_s[-1] - self.tokens_s[0]) * 1000 / (len(self.tokens_s) - 1)
+
+
+def make_engine(setting: Setting, sharing: SharingName, period: int) -> Engine:
+    limits = SchedulerConfig(
+        max_num_seqs=32,
+        max_model_len=CONTEXT,
+        idle_ms=setting.slo.ttft_ms / 4,
+        sharing=sharing,
+        period=period,
+    )
+    return Engine(
+        EngineConfig(
+            setting.model,
+            "cpu",
+            setting.dtype,
+            setting.threads,
+            slos={DEFAULT_TIER: setting.slo},
+            finetune_tokens_in_flight=1024,
+            scheduler=limits,
+        )
+    )
+
+
+def add_job(engine: Engine, setting: Setting) -> None:
+    engine.add_job("job", JOB, LoraConfig(RANK, 2 * RANK, TARGETS), load_examples(setting.model))
+
+
+def trained_tokens(engine: Engine) -> float:
+    """Forward and backward through all layers; what has gone half of the way counts half."""
+    job = engine.job("job")
+    return job.served_tokens * job.weight / (2 * job.num_layers)
+
+
+@dataclass(slots=True)
+class Run:
+    """An engine that serves requests as they arrive, and works on its job in between."""
+
+    engine: Engine
+    requests: dict[str, Served] = field(default_factory=dict)
+    busy_s: float = 0.0  # in iterations, while requests arrived
+    rate: float = 0.0  # tokens a second of finetuning, in the same time
+
+    def play(self, coming: list[Arrival], seconds: float) -> None:
+        """The last requests are waited for."""
+        rng, before, has_ended = random.Random(1), trained_tokens(self.engine), False
+        waiting, num_open, started = coming[::-1], 0, time.perf_counter()
+        while waiting or num_open or not has_ended:
+            now = time.perf_counter() - started
+            if now >= seconds and not has_ended:
+                has_ended, self.rate = True, (trained_tokens(self.engine) - before) / now
+            while waiting and waiting[-1].at_s <= now:
+                self._add(waiting.pop(), rng)
+                num_open += 1
+            if not self.engine.has_work:
+                time.sleep(0.0005)
+                continue
+            events = self.engine.step().tokens
+            after = time.perf_counter() - started
+            self.busy_s += 0.0 if has_ended else after - now
+            for event in events:
+                request = self.requests[event.request_id]
+                request.tokens_s.append(after - request.arrival.at_s)
+                num_open -= event.finish is not None
+
+    def _add(self, arrival: Arrival, rng: random.Random) -> None:
+        name = f"r{len(self.requests)}"
+        self.requests[name] = Served(arrival)
+        prompt = [rng.randrange(100, 40_000) for _ in range(arrival.prompt_tokens)]
+        self.engine.add(name, prompt, Sampling(max_tokens=arrival.output_tokens), cache_salt=name)
+
+    def report(self, slo: SLO, seconds: float) -> dict[str, Any]:
+        served = list(self.requests.values())
+        in_time = [(r.tpot_ms <= slo.tpot_ms, r.ttft_ms <= slo.ttft_ms) for r in served]
+        return {
+            "requests": len(served),
+            "attainment": {
+                "tpot": statistics.mean(tpot for tpot, _ in in_time),
+                "ttft": statistics.mean(ttft for _, ttft in in_time),
+                "both": statistics.mean(tpot and ttft for tpot, ttft in in_time),
+            },
+            "tpot_ms": percentiles([r.tpot_ms for r in served]),
+            "ttft_ms": percentiles([r.ttft_ms for r in served]),
+            "inference_tokens_per_s": sum(r.arrival.prompt_tokens + r.arrival.output_tokens for r in served)
+            / seconds,
+            "finetuning_tokens_per_s": self.rate,
+            "busy_share": self.busy_s / seconds,
+        }
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p99": cuts[98]}
+
+
+def one_engine(setting: Setting, name: str, rates: list[float]) -> list[dict[str, Any]]:
+    engine = make_engine(setting, *POLICIES[name])
+    add_job(engine, setting)
+    return [measure(setting, engine, name, rate) for rate in rates]
+
+
+def measure(setting: Setting, engine: Engine, name: str, rate: float) -> dict[str, Any]:
+    run = Run(engine)
+    run.play(arrivals(rate, setting.seconds, CONTEXT), setting.seconds)
+    found = {"policy": name, "rate": rate, **run.report(setting.slo, setting.seconds)}
+    console.print(
+        f"{name}, {rate:g} requests/s: {found['attainment']['both']:.0%} in time, TPOT p99 "
+        f"{found['tpot_ms']['p99']:.0f} ms, finetuning {found['finetuning_tokens_per_s']:.0f} tokens/s"
+    )
+    return found
+
+
+def two_processes(setting: Setting, rates: list[float]) -> list[dict[str, Any]]:
+    """Inference in this one, finetuning in another."""
+    half = replace(setting, threads=max(1, setting.threads // 2))
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    beside = context.Process(target=finetune_beside, args=(half, there), daemon=True)
+    beside.start()
+    try:
+        engine = make_engine(half, "inference-only", 0)
+        add_job(engine, half)  # never scheduled
+        here.recv()
+        found = []
+        for rate in rates:
+            here.send(setting.seconds)
+            cell = measure(half, engine, "spatial", rate)
+            found.append({**cell, "finetuning_tokens_per_s": here.recv()})
+        return found
+    finally:
+        here.send(None)
+        beside.join()
+
+
+def finetune_beside(setting: Setting, pipe: Connection) -> None:
+    """For as many seconds as it is told, again and again; tells tokens a second."""
+    run = Run(make_engine(setting, "finetune-only", 0))
+    add_job(run.engine, setting)
+    pipe.send("ready")
+    while (seconds := pipe.recv()) is not None:
+        run.play([], seconds)
+        pipe.send(run.rate)
+
+
+def alone(setting: Setting, sharing: SharingName) -> float:
+    """Tokens a second of finetuning without requests."""
+    run = Run(make_engine(setting, sharing, 0))
+    add_job(run.engine, setting)
+    run.play([], setting.seconds)
+    return run.rate
+
+
+def by_peft(setting: Setting) -> float:
+    """Of the customary loop of transformers and peft, from the start that our side draws."""
+    torch.set_num_threads(setting.threads)
+    engine = make_engine(setting, "coserve", 0)
+    loop = Training(setting.model, setting.dtype, engine, load_examples(setting.model))
+    loop.ours()
+    return loop.theirs()
+
+
+def show(results: dict[str, Any]) -> None:
+    table = Table(
+        title=f"TPOT within {results['slo']['tpot_ms']:g} ms, TTFT {results['slo']['ttft_ms']:g} ms"
+    )
+    columns = [
+        "requests/s",
+        "policy",
+        "in time",
+        "TPOT p50",
+        "p99",
+        "TTFT p99",
+        "served",
+        "trained",
+        "of ideal",
+    ]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for cell in sorted(results["cells"], key=lambda cell: cell["rate"]):
+        table.add_row(
+            f"{cell['rate']:g}",
+            cell["policy"],
+            f"{cell['attainment']['both']:.1%}",
+            f"{cell['tpot_ms']['p50']:.0f}",
+            f"{cell['tpot_ms']['p99']:.0f}",
+            f"{cell['ttft_ms']['p99']:.0f}",
+            f"{cell['inference_tokens_per_s']:.0f}",
+            f"{cell['finetuning_tokens_per_s']:.0f}",
+            f"{cell['finetuning_tokens_per_s'] / cell['ideal_tokens_per_s']:.0%}",
+        )
+    console.print(table)
+    console.print("Finetuning alone, tokens/s: " + str({k: round(v) for k, v in results["alone"].items()}))
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Model folder.")] = Path(
+        ".flexllm/models/SmolLM2-135M-Instruct"
+    ),
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    seconds: Annotated[float, typer.Option(help="In which requests arrive, per policy and rate.")] = 30.0,
+    rate: Annotated[list[float] | None, typer.Option(help="Requests a second; may be repeated.")] = None,
+    tpot_ms: Annotated[float, typer.Option(help="Service level.")] = 100.0,
+    ttft_ms: Annotated[float, typer.Option(help="Service level.")] = 2000.0,
+) -> None:
+    setting = Setting(model, dtype, threads, SLO(tpot_ms, ttft_ms), seconds)
+    rates = rate or [0.5, 1.0, 2.0, 3.0]
+    speeds = {
+        "finetuning": alone(setting, "finetune-only"),
+        "coserving_without_requests": alone(setting, "coserve"),
+        "transformers_and_peft": by_peft(setting),
+    }
+    cells = [cell for name in POLICIES for cell in one_engine(setting, name, rates)]
+    cells += two_processes(setting, rates)
+    idle = {cell["rate"]: 1 - cell["busy_share"] for cell in cells if cell["policy"] == "inference-only"}
+    for cell in cells:
+        cell["ideal_tokens_per_s"] = max(idle[cell["rate"]], 0.01) * speeds["finetuning"]
+    results = {
+        "model": model.name,
+        "dtype": dtype,
+        "threads": threads,
+        "seconds": seconds,
+        "slo": {"tpot_ms": tpot_ms, "ttft_ms": ttft_ms},
+        "alone": speeds,
+        "cells": cells,
+    }
+    show(results)
+    console.print(f"saved to {save('coserve', results)} and {coserve_plot.draw(results)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
