@@ -36,7 +36,7 @@ class IterationBatch(Message):
     forward_tokens: tuple[int, ...] = ()  # of windows of finetuning
     backward_tokens: tuple[float, ...] = ()  # token-layers / layers
     limit_ms: tuple[float, ...] = ()  # 0: none, or somebody is late already
-    predicted_ms: tuple[float, ...] = ()
+    predicted_ms: tuple[float, ...] = ()  # with the margin that it was planned with
     forward_ms: tuple[float, ...] = ()
     backward_ms: tuple[float, ...] = ()
     optimizer_ms: tuple[float, ...] = ()

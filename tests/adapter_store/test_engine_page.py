@@ -95,7 +95,7 @@ def test_rates_are_of_the_five_seconds_before_the_last_batch_and_the_rest_of_the
     numbers = figures(make_iterations((7.0, co_served(50)), (0.4, co_served(50))))
     assert [numbers[kind] for kind in KINDS] == ["80", "160", "240", "160"]
     assert (numbers["iterations"], numbers["p50"], numbers["p99"]) == ("10", "100", "100")
-    assert (numbers["error"], numbers["error_p95"]) == ("25 %", "25 %")
+    assert numbers["exceeded"] == "100 %"
     assert (numbers["tokens_share"], numbers["time_share"], numbers["jobs"]) == ("62 %", "80 %", "2")
 
 
@@ -107,7 +107,7 @@ def test_a_worker_that_went_quiet_has_no_speed_but_a_past() -> None:
 
 def test_without_iterations_nothing_is_claimed() -> None:
     numbers = figures(make_iterations())
-    assert numbers["p50"] == numbers["p99"] == numbers["error"] == numbers["time_share"] == "–"
+    assert numbers["p50"] == numbers["p99"] == numbers["exceeded"] == numbers["time_share"] == "–"
     columns = slots(make_iterations(), 100)
     assert set(columns["decode"]) == set(columns["kv"]) == {None}
 
@@ -134,6 +134,8 @@ async def test_what_a_worker_sent_is_on_the_page(operator: Operator, settings: S
         memory_bytes={"weights": 3 << 30, "activations": 512 << 20},
         memory_limit_bytes=8 << 30,
         training_jobs=("ftjob-1234567890abcdef",),
+        latency_error_p50=0.07,
+        latency_error_p95=0.31,
         service_levels={
             "priority": TierAttainment(
                 ttft_slo_ms=700, tpot_slo_ms=50, ttft_met=3, ttft_missed=1, ttft_ms_sum=1000, tpot_met=3
@@ -156,6 +158,7 @@ async def test_what_a_worker_sent_is_on_the_page(operator: Operator, settings: S
     now = (await operator.get("/engine.json")).json()
     assert now["worker"] == "w"
     assert now["figures"]["decode"] == "16" and now["figures"]["p99"] == "100"
+    assert (now["figures"]["error"], now["figures"]["error_p95"]) == ("7 %", "31 %")
     assert [value for value in now["slots"]["backward"] if value is not None][-1] == 16
     assert [value for value in now["slots"]["kv"] if value is not None][-1] == 0.75
 
@@ -168,6 +171,7 @@ async def test_a_worker_without_iterations_or_service_levels_shows_neither(
     assert "Healthy" in text and "Service levels" not in text and "Memory" not in text
     now = (await operator.get("/engine.json")).json()
     assert set(now["slots"]["decode"]) == {None} and now["figures"]["decode"] == "0"
+    assert "error" not in now["figures"]
 
 
 async def test_the_page_says_that_no_worker_reports(operator: Operator) -> None:

@@ -6,9 +6,10 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
+from operator import gt
 
 from services.adapter_store.admin.formats import compact, milliseconds, percent
+from shared.messages import WorkerStatus
 from shared.queue import Iterations
 
 SLOT_S = 0.5
@@ -125,23 +126,25 @@ def figures(iterations: Iterations) -> dict[str, str]:
     rates = {kind: compact(recent.sum(column) / RATE_S) for kind, column in KINDS.items()}
     parts = zip(columns["forward_ms"], columns["backward_ms"], columns["optimizer_ms"], strict=True)
     totals = [sum(each) for each in parts]
-    errors = [
-        abs(total / predicted - 1)
-        for total, predicted in zip(totals, columns["predicted_ms"], strict=True)
-        if predicted
-    ]
+    num_exceeded = sum(map(gt, totals, columns["predicted_ms"]))
     minute = Span(columns, 0, count)
     return rates | {
         "iterations": compact((count - recent.start) / RATE_S),
         "p50": milliseconds(quantile(totals, 0.5)),
         "p99": milliseconds(quantile(totals, 0.99)),
-        "error": percent(median(errors) if errors else None),
-        "error_p95": percent(quantile(errors, 0.95)),
+        "exceeded": percent(ratio(num_exceeded, count)),
         "tokens_share": percent(minute.finetune_tokens_share),
         "time_share": percent(minute.finetune_time_share),
         "jobs": compact(columns["jobs"][-1] if count else None),
         "dropped": f"{iterations.num_dropped:,}" if iterations.num_dropped else "",
     }
+
+
+def accuracy(worker: WorkerStatus | None) -> dict[str, str]:
+    """How far the worker's predictions are off; the plan has a margin beyond them."""
+    if worker is None or not worker.latency_error_p50:
+        return {}
+    return {"error": percent(worker.latency_error_p50), "error_p95": percent(worker.latency_error_p95)}
 
 
 def quantile(values: list[float], q: float) -> float | None:

@@ -9,7 +9,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 
 from services.adapter_store.admin.console import Desk, Render, Workers
 from services.adapter_store.admin.fleet import Fleet, memory_shares, state_of
-from services.adapter_store.admin.iterations import WINDOW_S, figures, slots
+from services.adapter_store.admin.iterations import WINDOW_S, accuracy, figures, slots
 from shared.messages import WorkerStatus
 from shared.queue import QueueUnavailable, read_iterations
 
@@ -42,7 +42,13 @@ async def engine_now(console: Desk, fleet: Workers, worker: WorkerId = "") -> JS
     except QueueUnavailable:
         return JSONResponse({"worker": worker_id, "figures": {}, "slots": {}})
     total_blocks = chosen.total_blocks if chosen else 0
-    return JSONResponse({"worker": worker_id, "figures": figures(found), "slots": slots(found, total_blocks)})
+    return JSONResponse(
+        {
+            "worker": worker_id,
+            "figures": figures(found) | accuracy(chosen),
+            "slots": slots(found, total_blocks),
+        }
+    )
 
 
 def choose(fleet: Fleet, wanted: str) -> WorkerStatus | None:
