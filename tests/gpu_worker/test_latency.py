@@ -76,8 +76,15 @@ def test_an_iteration_is_judged_by_all_that_it_computed() -> None:
 
 def test_a_stall_in_an_optimizer_step_does_not_make_steps_too_long_to_schedule() -> None:
     latency = make_latency()
-    latency.observe(Work(), 0.0, [], 0.0, 10_000.0)
-    assert latency.optimizer_ms < 1.3
+    latency.observe(Work(), 0.0, [], 0.0, 10_000.0, 1)
+    assert 1.0 < latency.optimizer_ms < 1.3
+
+
+def test_iterations_without_a_step_say_nothing_about_steps() -> None:
+    latency = make_latency()
+    for _ in range(100):
+        latency.observe(DECODES, latency.forward_ms(DECODES), [], 0.0, 0.001)
+    assert latency.optimizer_ms == 1.0
 
 
 @pytest.mark.parametrize("slowness", [0.5, 1.0, 2.5])
@@ -85,7 +92,7 @@ def test_predictions_follow_a_machine_that_changed_its_speed(slowness: float) ->
     latency, fresh = make_latency(), make_latency()
     forward_ms, backward_ms = fresh.forward_ms(WINDOW), 2 * fresh.backward_ms(WINDOW)
     for _ in range(60):
-        latency.observe(WINDOW, forward_ms * slowness, [WINDOW, WINDOW], backward_ms * slowness, slowness)
+        latency.observe(WINDOW, forward_ms * slowness, [WINDOW, WINDOW], backward_ms * slowness, slowness, 1)
     assert latency.forward_ms(WINDOW) == pytest.approx(forward_ms * slowness, rel=0.05)
     assert 2 * latency.backward_ms(WINDOW) == pytest.approx(backward_ms * slowness, rel=0.05)
     assert latency.optimizer_ms == pytest.approx(slowness, rel=0.05)

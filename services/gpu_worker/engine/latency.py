@@ -108,13 +108,17 @@ class LatencyModel:
 
     def forward_ms(self, work: Work) -> float:
         """One fused forward."""
-        return self.table_forward_ms(work) * self._forward_correction(work).factor
+        return self.table_forward_ms(work) * self.forward_correction(work).factor
 
     def backward_ms(self, work: Work) -> float:
         """One window backward through one layer."""
         return self.table_backward_ms(work) * self._backward.factor
 
-    def _forward_correction(self, work: Work) -> Correction:
+    @property
+    def backward_correction(self) -> Correction:
+        return self._backward
+
+    def forward_correction(self, work: Work) -> Correction:
         return self._windows if work.window_tokens else self._decodes
 
     def table_forward_ms(self, work: Work) -> float:
@@ -141,22 +145,22 @@ class LatencyModel:
         backwards: list[Work],
         backward_ms: float,
         optimizer_ms: float,
-        num_steps: int = 1,
+        num_steps: int = 0,
     ) -> None:
-        """Learns from one iteration; `optimizer_ms` is that of one of `num_steps` steps, 0 where there was none."""
+        """Learns from one iteration; `optimizer_ms` is that of one of `num_steps` steps."""
         fused_ms = self.table_forward_ms(forward)
         went_back_ms = sum(map(self.table_backward_ms, backwards))
-        correction, steps_ms = self._forward_correction(forward), num_steps * optimizer_ms
-        step_ms = num_steps * self.optimizer_ms if optimizer_ms > 0 else 0.0
+        correction, step_ms = self.forward_correction(forward), num_steps * self.optimizer_ms
         self._accuracy.add(
             fused_ms * correction.level + went_back_ms * self._backward.level + step_ms,
             fused_ms * correction.factor + went_back_ms * self._backward.factor + step_ms,
-            forward_ms + backward_ms + steps_ms,
+            forward_ms + backward_ms + num_steps * optimizer_ms,
         )
         for other in (self._decodes, self._windows):
             other.observe(fused_ms if other is correction else 0.0, forward_ms)
         self._backward.observe(went_back_ms, backward_ms)
-        self._observe_step(optimizer_ms)
+        if num_steps:
+            self._observe_step(optimizer_ms)
 
     def _observe_step(self, optimizer_ms: float) -> None:
         """Part of the way to the last step's time, and no further than one disturbance should take it."""
