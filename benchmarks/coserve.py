@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -57,6 +58,7 @@ class Setting:
     threads: int
     slo: SLO
     seconds: float
+    profile_dir: Path  # of iteration times, which all engines share
 
 
 @dataclass(slots=True)
@@ -91,6 +93,7 @@ def make_engine(setting: Setting, sharing: SharingName, period: int) -> Engine:
             setting.threads,
             slos={DEFAULT_TIER: setting.slo},
             finetune_tokens_in_flight=1024,
+            profile_dir=setting.profile_dir,
             scheduler=limits,
         )
     )
@@ -263,7 +266,6 @@ def show(results: dict[str, Any]) -> None:
             f"{cell['finetuning_tokens_per_s'] / cell['ideal_tokens_per_s']:.0%}",
         )
     console.print(table)
-    console.print("Finetuning alone, tokens/s: " + str({k: round(v) for k, v in results["alone"].items()}))
 
 
 def main(
@@ -277,15 +279,17 @@ def main(
     tpot_ms: Annotated[float, typer.Option(help="Service level.")] = 100.0,
     ttft_ms: Annotated[float, typer.Option(help="Service level.")] = 2000.0,
 ) -> None:
-    setting = Setting(model, dtype, threads, SLO(tpot_ms, ttft_ms), seconds)
     rates = rate or [0.5, 1.0, 2.0, 3.0]
-    speeds = {
-        "finetuning": alone(setting, "finetune-only"),
-        "coserving_without_requests": alone(setting, "coserve"),
-        "transformers_and_peft": by_peft(setting),
-    }
-    cells = [cell for name in POLICIES for cell in one_engine(setting, name, rates)]
-    cells += two_processes(setting, rates)
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(model, dtype, threads, SLO(tpot_ms, ttft_ms), seconds, Path(folder))
+        speeds = {
+            "finetuning": alone(setting, "finetune-only"),
+            "coserving_without_requests": alone(setting, "coserve"),
+            "transformers_and_peft": by_peft(setting),
+        }
+        console.print(f"finetuning alone, tokens/s: {speeds}")
+        cells = [cell for name in POLICIES for cell in one_engine(setting, name, rates)]
+        cells += two_processes(setting, rates)
     idle = {cell["rate"]: 1 - cell["busy_share"] for cell in cells if cell["policy"] == "inference-only"}
     for cell in cells:
         cell["ideal_tokens_per_s"] = max(idle[cell["rate"]], 0.01) * speeds["finetuning"]
