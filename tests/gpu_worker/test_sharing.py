@@ -166,6 +166,14 @@ def test_flexible_decodes_wait_where_they_would_make_others_late_but_not_for_eve
     assert all(len(tokens) == 40 for tokens in world.outputs.values())
 
 
+def test_flexible_requests_alone_have_nobody_to_wait_for() -> None:
+    world = make_world(latency=make_latency(10.0), idle_ms=1.0)
+    for i in range(3):
+        world.scheduler.add(make_sequence(f"f{i}", 4, 20, i, slo=FLEX))
+    world.run(max_steps=30)
+    assert len(world.finished) == 3
+
+
 def test_finetuning_keeps_its_floor_beside_flexible_requests() -> None:
     world = make_world(num_blocks=200, latency=make_latency(100.0), patience=5)
     world.scheduler.add_job(job := make_job("j", [40], n_epochs=100))

@@ -19,7 +19,7 @@ class Limits:
 
     by_rank: tuple[float, ...]
     is_late: bool  # somebody's next token is overdue
-    has_flexible: bool  # somebody's rank is FLEX
+    is_mixed: bool  # somebody's rank is FLEX and somebody's is not
 
     @classmethod
     def of(cls, decodes: Iterable[Sequence], now_s: float, idle_ms: float, margin: float) -> Limits:
@@ -31,7 +31,7 @@ class Limits:
                 due_s[rank] = at_s
         earliest = [min(due_s[: rank + 1]) for rank in range(NUM_RANKS)]
         limits = [margin * max(0.0, min((at_s - now_s) * 1000, idle_ms)) for at_s in earliest]
-        return cls(tuple(limits), earliest[-1] < now_s, due_s[FLEX] < math.inf)
+        return cls(tuple(limits), earliest[-1] < now_s, max(min(due_s[:FLEX]), due_s[FLEX]) < math.inf)
 
     @property
     def all_ms(self) -> float:

@@ -159,7 +159,7 @@ class Scheduler:
             decodes = sorted(decodes, key=Sequence.deadline_s)[: self.config.max_num_batched_tokens]
         batch.decodes = decodes
         others_ms = limits.by_rank[FLEX - 1]
-        if limits.has_flexible and self.latency.forward_ms(batch.inference_work) > others_ms:
+        if limits.is_mixed and self.latency.forward_ms(batch.inference_work) > others_ms:
             self._hold_back_flexible(batch, others_ms, now_s)
         size = self.blocks.block_size
         for sequence in [s for s in batch.decodes if len(s.block_table) * size < len(s.tokens)]:
