@@ -182,6 +182,7 @@ def measure(model: Path, threads: int, seconds: float) -> dict[str, Any]:
         "dtype": str(engine.model.weights.dtype).removeprefix("torch."),
         "threads": threads or os.cpu_count(),
         "load_average": {"before": load, "after": os.getloadavg()[0]},
+        "busy": load > 1.0,  # others computed at the same time: the figures are theirs as well
         "start_s": {"measured": first_s, "kept": engine.start_s},
         "all": asdict(Summary.of([i for i in engine.iterations if i.kind])),
         "kinds": {k: asdict(Summary.of([i for i in engine.iterations if i.kind == k])) for k in kinds},
@@ -200,7 +201,8 @@ def show(results: dict[str, Any]) -> None:
         table.add_row(kind, str(found["iterations"]), f"{found['mean_ms']:.1f}", *shares, margin, exceeded)
     console.print(table)
     load, start = results["load_average"], results["start_s"]
-    console.print(f"load average {load['before']:.1f} before, {load['after']:.1f} after")
+    busy = ": the machine was busy, and the figures are worse for it" if results["busy"] else ""
+    console.print(f"load average {load['before']:.1f} before, {load['after']:.1f} after{busy}")
     console.print(
         f"start: {start['measured']:.1f} s with measurements, {start['kept']:.1f} s with those kept"
     )

@@ -127,8 +127,10 @@ def _as_json(model: LatencyModel) -> dict[str, Any]:
 
 def _from_json(found: Mapping[str, Any]) -> LatencyModel:
     """Raises ValueError, LookupError or TypeError where it is not what `_as_json` wrote."""
-    read = {name: _curve(found[name]) if _is_curve(name) else _milliseconds(found[name]) for name in NAMES}
-    return LatencyModel(**read)
+    values: dict[str, Any] = {
+        name: _curve(found[name]) if _is_curve(name) else _milliseconds(found[name]) for name in NAMES
+    }
+    return LatencyModel(**values)
 
 
 def _curve(found: Mapping[str, Any]) -> Curve:
