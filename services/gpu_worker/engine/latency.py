@@ -145,9 +145,9 @@ class LatencyModel:
         backwards: list[Work],
         backward_ms: float,
         optimizer_ms: float,
-        num_steps: int = 0,
+        num_steps: float = 0,
     ) -> None:
-        """Learns from one iteration; `optimizer_ms` is that of one of `num_steps` steps."""
+        """Learns from one iteration; `optimizer_ms` is that of one of `num_steps` steps, which may be a part of one."""
         fused_ms = self.table_forward_ms(forward)
         went_back_ms = sum(map(self.table_backward_ms, backwards))
         correction, step_ms = self.forward_correction(forward), num_steps * self.optimizer_ms
