@@ -92,7 +92,7 @@ class WatchedEngine(Engine):
     def _learn(self, batch: Batch, timing: Timing) -> None:
         latency, forward = self.scheduler.latency, batch.forward_work
         backwards = [window.work for window in batch.backwards]
-        step_ms = latency.optimizer_ms * len(batch.optimizer_steps)
+        step_ms = latency.optimizer_ms * sum(update.share for update in batch.updates)
         fused_ms, back_ms = latency.table_forward_ms(forward), sum(map(latency.table_backward_ms, backwards))
         fused = latency.forward_correction(forward)
         self.iterations.append(
@@ -112,7 +112,7 @@ def kind_of(batch: Batch) -> str:
         "decode": batch.decodes,
         "prompt": batch.prompts,
         "window": batch.forwards,
-        "backward": batch.backwards or batch.optimizer_steps,
+        "backward": batch.backwards or batch.updates,
     }
     return " + ".join(name for name, found in parts.items() if found)
 

@@ -119,10 +119,10 @@ def measure_ours(task: Task, dataset: Dataset) -> Found:
 
     def step() -> float:
         advance(trainer, lambda: WINDOW)
-        loss = trainer.optimizer_step().train_loss
-        trainer.job.complete_step()
-        assert loss is not None
-        return loss
+        report = trainer.optimizer_step()
+        trainer.job.complete_update(trainer.parameters.num_parts)
+        assert report is not None and report.train_loss is not None
+        return report.train_loss
 
     step()
     peak, elapsed, loss = observe(step)

@@ -33,7 +33,7 @@ job_lists = st.lists(
 
 
 def is_finetuning(batch: Batch) -> bool:
-    return bool(batch.forwards or batch.backwards or batch.optimizer_steps)
+    return bool(batch.forwards or batch.backwards or batch.updates)
 
 
 def is_kept(batch: Batch, world: World) -> bool:
@@ -256,6 +256,6 @@ def test_an_evaluation_runs_before_the_first_step_and_after_the_last() -> None:
     while world.scheduler.has_work:
         batch = world.step()
         kinds += ["eval" for work in batch.forwards if work.ends_evaluation]
-        kinds += ["step" for _ in batch.optimizer_steps]
+        kinds += ["step" for _ in batch.updates]
     assert kinds == ["eval", "step", "step", "eval"]
     assert job.step == 2

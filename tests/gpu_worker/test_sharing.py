@@ -214,7 +214,7 @@ def test_a_finetuning_iteration_of_temporal_sharing_is_a_whole_training_sequence
         (0, 60, 1),
         (0, 60, 0),
     ]
-    assert len(batch.optimizer_steps) == 1 and batch.predicted_ms > 15
+    assert len(batch.updates) == 1 and batch.predicted_ms > 15
 
 
 def test_without_requests_or_jobs_temporal_sharing_wastes_no_iteration() -> None:
@@ -231,3 +231,17 @@ def test_the_dynamic_period_grows_while_requests_are_late_and_shrinks_when_they_
     for _ in range(10_000):
         dynamic.turn(True, True, is_late=False)
     assert dynamic.period == 1
+
+
+def test_an_update_that_does_not_fit_is_cut() -> None:
+    latency = make_latency()
+    latency.optimizer_ms = 40.0
+    world = make_world(num_blocks=200, latency=latency, patience=1000)
+    world.scheduler.add_job(job := make_job("j", [20], n_epochs=1000))
+    job.num_update_parts = 16
+    world.scheduler.add(make_sequence("r", 4, 58, slo=SLO(15.0, 1000.0)))
+    batches = [world.step() for _ in range(57)]
+    assert job.step > 2
+    cut = [update for batch in batches for update in batch.updates]
+    assert [update.start for update in cut[1:]] == [update.end % 16 for update in cut[:-1]]
+    assert max(gap for gap in world.gaps_ms["r"]) <= 15.0

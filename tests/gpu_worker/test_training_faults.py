@@ -12,6 +12,7 @@ import torch
 from services.gpu_worker.compiler.programs import KeptTensor
 from services.gpu_worker.engine.engine import Engine, JobEvent
 from services.gpu_worker.engine.sequence import Sampling
+from services.gpu_worker.finetune import optimizer
 from services.gpu_worker.finetune.job import JobConfig, Phase
 from services.gpu_worker.finetune.trainer import TrainingDiverged
 from services.gpu_worker.model.peft import LoraConfig
@@ -221,3 +222,43 @@ def test_a_removed_job_leaves_the_other_alone(
     events += run(engine)[1]
     assert losses(events) == pytest.approx(undisturbed[1], abs=1e-4)
     assert engine.blocks.num_free_blocks == engine.blocks.num_blocks
+
+
+# --- steps that come in pieces
+
+
+@pytest.fixture
+def piecewise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine for whose limit an optimizer step is much too long: it moves a part an iteration."""
+    monkeypatch.setattr(optimizer, "PART", 700)
+    engine = make_timeless_engine(folder)
+    add_job(engine)
+    engine.scheduler.latency.optimizer_ms = 1e6
+    return engine
+
+
+def test_a_step_in_pieces_comes_to_the_same_as_in_one(
+    piecewise: Engine, undisturbed: tuple[dict[str, bytes], list[float]]
+) -> None:
+    job, seen, events = piecewise.job("ftjob-1"), set(), []
+    while job.phase is not Phase.DONE:
+        events += piecewise.step().jobs
+        seen.add(job.updated_parts)
+    assert len(seen) == job.num_update_parts > 4
+    assert losses(events) == undisturbed[1]
+    assert piecewise.export_job("ftjob-1", "tiny") == undisturbed[0]
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_is_one_of_its_end(
+    folder: Path, piecewise: Engine, undisturbed: tuple[dict[str, bytes], list[float]]
+) -> None:
+    job = piecewise.job("ftjob-1")
+    events = step_until(piecewise, lambda: job.step == 2 and job.updated_parts == 3)
+    files = piecewise.checkpoint_job("ftjob-1")
+    assert (job.step, job.updated_parts) == (3, 0) and losses(events) == undisturbed[1][:2]
+    assert losses(piecewise.step().jobs) == undisturbed[1][2:3]
+    resumed = make_timeless_engine(folder)
+    add_job(resumed, checkpoint=files)
+    events = step_until(resumed, lambda: resumed.job("ftjob-1").phase is Phase.DONE)
+    assert losses(events) == undisturbed[1][3:]
+    assert resumed.export_job("ftjob-1", "tiny") == undisturbed[0]

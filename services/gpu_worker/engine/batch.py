@@ -42,6 +42,19 @@ class JobWindow:
 
 
 @dataclass(frozen=True, slots=True)
+class Update:
+    """The parts [start, end) of a job's optimizer step."""
+
+    job: FinetuneJob
+    start: int
+    end: int
+
+    @property
+    def share(self) -> float:
+        return (self.end - self.start) / self.job.num_update_parts
+
+
+@dataclass(frozen=True, slots=True)
 class Parked:
     """A job that gave up its blocks; the first of them hold its keys and values."""
 
@@ -69,7 +82,7 @@ def window_work(sequence: TrainingSequence, start: int, end: int) -> Work:
 @dataclass(slots=True)
 class Batch:
     """One fused forward over `prompts`, `decodes` and `forwards`, then `backwards` in order, then
-    `optimizer_steps`.
+    `updates`.
 
     Before all that the keys and values of `parked` jobs go to host memory, then those of jobs `brought_back`
     into their new blocks.
@@ -79,7 +92,7 @@ class Batch:
     prompts: list[Chunk] = field(default_factory=list)
     forwards: list[JobWindow] = field(default_factory=list)
     backwards: list[JobWindow] = field(default_factory=list)
-    optimizer_steps: list[FinetuneJob] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
     parked: list[Parked] = field(default_factory=list)
     brought_back: list[FinetuneJob] = field(default_factory=list)
     limit_ms: float = 0.0
@@ -114,7 +127,7 @@ class Batch:
 
     @property
     def has_finetuning(self) -> bool:
-        return bool(self.forwards or self.backwards or self.optimizer_steps)
+        return bool(self.forwards or self.backwards or self.updates)
 
     @property
     def is_empty(self) -> bool:

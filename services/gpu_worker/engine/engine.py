@@ -15,7 +15,7 @@ import torch
 from services.gpu_worker.compiler.layout import choose_layout
 from services.gpu_worker.engine.admission import Admission, Offload
 from services.gpu_worker.engine.attainment import Attainment
-from services.gpu_worker.engine.batch import Batch, Timing
+from services.gpu_worker.engine.batch import Batch, Timing, Update
 from services.gpu_worker.engine.block_manager import BlockManager
 from services.gpu_worker.engine.latency import LatencyModel
 from services.gpu_worker.engine.memory import MemoryAccount, cache_bytes, free_bytes, total_bytes
@@ -150,6 +150,7 @@ class Engine:
         self.attainment = Attainment(config.slos)
         self._sequences: dict[str, Sequence] = {}
         self._jobs: dict[str, FinetuneJob] = {}
+        self._early_results: list[RunResult] = []  # of what was computed between two steps
 
     def _make_cache(self, device: torch.device, free: int) -> KVCache:
         config, dtype = self.model.config, self.model.weights.dtype
@@ -220,19 +221,18 @@ class Engine:
         return self.runner.run(batch)
 
     def _learn(self, batch: Batch, timing: Timing) -> None:
+        share = sum((update.share for update in batch.updates), 0.0)
         self.scheduler.latency.observe(
             batch.forward_work,
             timing.forward_ms,
             [window.work for window in batch.backwards],
             timing.backward_ms,
-            timing.optimizer_ms / max(1, len(batch.optimizer_steps)),
-            len(batch.optimizer_steps),
+            timing.optimizer_ms / share if share else 0.0,
+            share,
         )
 
     def _token_event(self, item: Progress) -> TokenEvent:
         sequence = item.sequence
-        if sequence.first_token_s is None:
-            sequence.first_token_s = sequence.last_token_s
         if item.finish is not None:
             self.attainment.finish(sequence, self._now_s())
             self._forget(sequence)
@@ -247,10 +247,13 @@ class Engine:
         )
 
     def _job_events(self, result: RunResult) -> list[JobEvent]:
-        events = [JobEvent(job_id, report) for job_id, report in result.reports]
-        for job_id, error in result.failures:
-            self.remove_job(job_id)
-            events.append(JobEvent(job_id, error=error))
+        events: list[JobEvent] = []
+        for own in (*self._early_results, result):
+            events += [JobEvent(job_id, report) for job_id, report in own.reports if job_id in self._jobs]
+            for job_id, error in own.failures:
+                self.remove_job(job_id)
+                events.append(JobEvent(job_id, error=error))
+        self._early_results.clear()
         for job in list(self._jobs.values()):
             if job.phase is Phase.DONE and job in self.scheduler.jobs:
                 self.scheduler.remove_job(job)
@@ -419,6 +422,7 @@ class Engine:
         trainer = Trainer(
             self.model, self.cache, job, training, validation, plan.policies, plan.num_host_layers
         )
+        job.num_update_parts = trainer.parameters.num_parts
         if checkpoint is not None:
             load_checkpoint(trainer, checkpoint)
         self.admission.reserve(job_id, plan)
@@ -442,13 +446,23 @@ class Engine:
 
     def checkpoint_job(self, job_id: str) -> dict[str, bytes]:
         """The job's state after its last optimizer step, as files."""
+        self._end_update(job_id)
         return save_checkpoint(self.runner.trainers[job_id])
 
     def export_job(self, job_id: str, base_model: str) -> dict[str, bytes]:
         """The job's adapter as PEFT's two files."""
+        self._end_update(job_id)
         parameters = self.runner.trainers[job_id].parameters
         values = parameters.whole_masters()
         return write_peft(self.model.weights.whole, parameters.weights.method, base_model, values)
+
+    def _end_update(self, job_id: str) -> None:
+        """Finishes an optimizer step of which only some parts have moved; its report comes with the next `step`."""
+        job = self._jobs[job_id]
+        if job.updated_parts:
+            rest = Batch(updates=[Update(job, job.updated_parts, job.num_update_parts)])
+            self._early_results.append(self._run(rest))
+            self.scheduler.update(rest, [], self._now_s())
 
     def trained_tokens(self, job_id: str) -> int:
         return self.runner.trainers[job_id].trained_tokens

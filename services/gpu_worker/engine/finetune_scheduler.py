@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from services.gpu_worker.engine.batch import Batch, JobWindow, window_work
+from services.gpu_worker.engine.batch import Batch, JobWindow, Update, window_work
 from services.gpu_worker.engine.fair_share import FairShare
 from services.gpu_worker.engine.job_blocks import JobBlocks
 from services.gpu_worker.engine.latency import LatencyModel, largest
@@ -141,11 +141,16 @@ class _Filling:
             batch.predicted_ms += cost_ms(window.start, window.end)
 
     def _add_update(self, job: FinetuneJob) -> None:
-        batch, cost_ms = self.batch, self.latency.optimizer_ms
-        is_forced = self.forced and not batch.has_finetuning
-        if is_forced or batch.predicted_ms + cost_ms <= self.limit_ms:
-            batch.optimizer_steps.append(job)
-            batch.predicted_ms += cost_ms
+        """As many parts of the optimizer step as fit."""
+        batch, start = self.batch, job.updated_parts
+        part_ms = self.latency.optimizer_ms / job.num_update_parts
+        left_ms = self.limit_ms - batch.predicted_ms
+        end = start + largest(job.num_update_parts - start, lambda n: n * part_ms <= left_ms)
+        if end == start and self.forced and not batch.has_finetuning:
+            end += 1
+        if end > start:
+            batch.updates.append(Update(job, start, end))
+            batch.predicted_ms += (end - start) * part_ms
 
     def _size(self, remaining: int, forced: bool, fits: Callable[[int], bool]) -> int:
         """The largest window of `remaining` tokens that fits; no crumbs, unless they are all that is left."""

@@ -47,14 +47,14 @@ class Plan:
 
     chunks: list[tuple[str, int, int]]  # request, first token, number of tokens
     windows: list[tuple[str, Window]]  # job
-    optimizer_steps: list[str]
+    updates: list[tuple[str, int, int]]  # job, parts of its optimizer step
 
     @classmethod
     def of(cls, batch: Batch) -> Plan:
         return cls(
             [(chunk.sequence.request_id, chunk.start, chunk.num_tokens) for chunk in batch.chunks],
             [(work.job.job_id, work.window) for work in batch.forwards + batch.backwards],
-            [job.job_id for job in batch.optimizer_steps],
+            [(update.job.job_id, update.start, update.end) for update in batch.updates],
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.compiler.programs import ForwardPrograms
-from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Sampled, Timing
+from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Sampled, Timing, Update
 from services.gpu_worker.engine.sampler import logprob_entry, sample
 from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, TrainingDiverged
@@ -84,8 +84,8 @@ class ModelRunner:
             self._guarded(work.job.job_id, result, partial(trainer.backward, work.window))
         self._synchronize()
         went_back = time.perf_counter()
-        for job in batch.optimizer_steps:
-            self._guarded(job.job_id, result, partial(self._step, job.job_id, result))
+        for update in batch.updates:
+            self._guarded(update.job.job_id, result, partial(self._update, update, result))
         self._synchronize()
         ended = time.perf_counter()
         result.timing = Timing(
@@ -103,8 +103,11 @@ class ModelRunner:
                 raise  # this rank's alone, perhaps: the others would wait for it
             result.failures.append((job_id, error))
 
-    def _step(self, job_id: str, result: RunResult) -> None:
-        result.reports.append((job_id, self.trainers[job_id].optimizer_step()))
+    def _update(self, update: Update, result: RunResult) -> None:
+        job_id = update.job.job_id
+        report = self.trainers[job_id].optimizer_step(update.start, update.end)
+        if report is not None:
+            result.reports.append((job_id, report))
 
     def _trainer(self, work: JobWindow) -> Trainer:
         return self.trainers[work.job.job_id]

@@ -123,9 +123,9 @@ class Scheduler:
         for chunk in batch.prompts:
             chunk.sequence.num_computed_tokens += chunk.num_tokens
             self._register(chunk.sequence)
-        for job in batch.optimizer_steps:
-            job.complete_step()
-            self._job_blocks.free(job)  # so that jobs take turns where memory holds one of them
+        for update in batch.updates:
+            if update.job.complete_update(update.end):
+                self._job_blocks.free(update.job)  # so that jobs take turns where memory holds one of them
         return [self._advance(item, now_s) for item in sampled]
 
     def slack_beside_decodes_ms(self, tpot_ms: float) -> float:

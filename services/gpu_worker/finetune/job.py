@@ -108,6 +108,8 @@ class FinetuneJob:
     phase: Phase = Phase.FORWARD
     position: int = 0  # forward: next token; backward: end of the next window
     layer: int = 0  # of the backward
+    num_update_parts: int = 1  # into which an optimizer step can be cut
+    updated_parts: int = 0  # of the step in hand
     sequence_index: int = 0
     sequences: list[TrainingSequence] = field(default_factory=list)  # of the step or evaluation in hand
     evaluated_step: int = -1  # the last step after which the validation set was run
@@ -248,11 +250,15 @@ class FinetuneJob:
         else:
             self.phase = Phase.OPTIMIZER
 
-    def complete_step(self) -> None:
-        """The optimizer has moved."""
+    def complete_update(self, end: int) -> bool:
+        """The optimizer has moved the parts before `end`; whether that was the step's end."""
         assert self.phase is Phase.OPTIMIZER
-        self.step += 1
+        self.updated_parts = end
+        if end < self.num_update_parts:
+            return False
+        self.updated_parts, self.step = 0, self.step + 1
         self._plan()
+        return True
 
     def resume(self, step: int, evaluated_step: int) -> None:
         """Continues after `step` optimizer steps of an earlier run."""

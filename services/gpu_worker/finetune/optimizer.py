@@ -27,6 +27,7 @@ from services.gpu_worker.model.peft import (
 )
 from services.gpu_worker.model.weights import ModelWeights
 
+PART = 1 << 18  # numbers that an update moves in one piece
 STATE = {"masters", "step", "exp_avg", "exp_avg_sq"}  # before the first step the masters alone
 
 
@@ -49,8 +50,10 @@ class TrainableParameters:
         self.gradients: dict[Key, Tensor] = {}
         self._slice()
         self._reset_masters()
+        self._parts, self._gradient_parts = self.flat.split(PART), self.grad.split(PART)
+        self._is_finite = True  # the gradient of the update in hand
         self._optimizer = torch.optim.AdamW(
-            [self.flat],
+            self._parts,
             lr=job.learning_rate,
             betas=(job.beta1, job.beta2),
             eps=job.epsilon,
@@ -66,8 +69,8 @@ class TrainableParameters:
     @property
     def optimizer_bytes(self) -> int:
         """Masters and moments; the first step makes the moments."""
-        moments = self._optimizer.state.get(self.flat, {})
-        return sum(tensor.nbytes for tensor in (self.flat, *moments.values()))
+        moments = [tensor for part in self._optimizer.state.values() for tensor in part.values()]
+        return sum(tensor.nbytes for tensor in (self.flat, *moments))
 
     def _slice(self) -> None:
         start = 0
@@ -146,21 +149,43 @@ class TrainableParameters:
 
     # --- steps
 
+    @property
+    def num_parts(self) -> int:
+        """Into which an update can be cut."""
+        return len(self._parts)
+
     def step(self, learning_rate: float) -> float | None:
-        """Clips, moves and clears the gradient. Returns its norm before clipping, or None when it was not
-        finite: then nothing moves."""
+        """A whole update; returns as `begin_step`."""
+        norm = self.begin_step(learning_rate)
+        self.move(0, self.num_parts)
+        self.end_step()
+        return norm
+
+    def begin_step(self, learning_rate: float) -> float | None:
+        """Clips the gradient. Returns its norm before that, or None when it was not finite: then nothing moves."""
         norm = self._reduce_gradient()
-        if not math.isfinite(norm):
-            self.grad.zero_()
-            return None
-        if self._job.max_grad_norm and norm > self._job.max_grad_norm:
+        self._is_finite = math.isfinite(norm)
+        if self._is_finite and self._job.max_grad_norm and norm > self._job.max_grad_norm:
             self.grad.mul_(self._job.max_grad_norm / (norm + 1e-6))
         self._optimizer.param_groups[0]["lr"] = learning_rate
-        self.flat.grad = self.grad
-        self._optimizer.step()
+        return norm if self._is_finite else None
+
+    def move(self, start: int, end: int) -> None:
+        """AdamW on some of the parts; each has to have its turn once between `begin_step` and `end_step`."""
+        if not self._is_finite:
+            return
+        pairs = list(zip(self._parts[start:end], self._gradient_parts[start:end], strict=True))
+        for part, gradient in pairs:
+            part.grad = gradient
+        self._optimizer.step()  # passes over those without a gradient
+        for part, _ in pairs:
+            part.grad = None
+
+    def end_step(self) -> None:
+        """Clears the gradient and lets forward and backward compute with what has moved."""
         self.grad.zero_()
-        self.refresh()
-        return norm
+        if self._is_finite:
+            self.refresh()
 
     def _reduce_gradient(self) -> float:
         """Makes the rank's gradient complete; returns the norm of all ranks'.
@@ -193,10 +218,11 @@ class TrainableParameters:
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed job needs, whatever number of ranks resumes it: on the CPU, detached from what
         goes on moving. Every rank has to call it."""
-        moments = self._optimizer.state.get(self.flat, {})
+        moments = [self._optimizer.state[part] for part in self._parts if part in self._optimizer.state]
         found = {"masters": self._shards.gather(self.flat)}
-        for name, value in moments.items():
-            found[name] = value if name == "step" else self._shards.gather(value)
+        for name in moments[0] if moments else ():
+            values = [own[name] for own in moments]
+            found[name] = values[0] if name == "step" else self._shards.gather(torch.cat(values))
         return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -210,11 +236,13 @@ class TrainableParameters:
             if name != "step" and value.shape != (size,):
                 raise ValueError(f"checkpoint tensor {name!r} has {value.numel()} values, not {size}")
         self.flat.copy_(self._shards.cut(state["masters"]))
-        moments = {name: value.clone() for name, value in state.items() if name != "masters"}
-        if moments:
-            self._optimizer.state[self.flat] = {
-                name: value if name == "step" else self._shards.cut(value).to(self.flat.device)
-                for name, value in moments.items()
+        if "step" in state:
+            moments = {
+                name: self._shards.cut(state[name]).to(self.flat.device, copy=True).split(PART)
+                for name in ("exp_avg", "exp_avg_sq")
             }
+            for index, part in enumerate(self._parts):
+                own = {name: values[index] for name, values in moments.items()}
+                self._optimizer.state[part] = {"step": state["step"].clone(), **own}
         self.grad.zero_()
         self.refresh()

@@ -71,6 +71,7 @@ class Trainer:
         self.parameters = TrainableParameters(model.weights, compiled.method, job.config, compiled.layout)
         self.trained_tokens = 0
         self.skipped_steps = 0  # in a row
+        self._norm: float | None = None  # of the gradient of the update in hand
         self._model, self._cache = model, cache
         self._training, self._validation = training, validation
         self._restarts = 0  # of the job, when its gradients were last dropped
@@ -266,12 +267,21 @@ class Trainer:
 
     # --- steps
 
-    def optimizer_step(self) -> StepReport:
-        """Moves the parameters; raises TrainingDiverged after several gradients that were not finite."""
-        job = self.job
+    def optimizer_step(self, start: int = 0, end: int | None = None) -> StepReport | None:
+        """Moves the parts [start, end) of the parameters, all of them by default; the last part ends the step.
+
+        Raises TrainingDiverged after several gradients that were not finite.
+        """
+        job, parameters = self.job, self.parameters
+        end = parameters.num_parts if end is None else end
         rate = job.learning_rate()
-        loss, accuracy = self._take_means()
-        norm = self.parameters.step(rate)
+        if start == 0:
+            self._norm = parameters.begin_step(rate)
+        parameters.move(start, end)
+        if end < parameters.num_parts:
+            return None
+        parameters.end_step()
+        norm, (loss, accuracy) = self._norm, self._take_means()
         self.skipped_steps = 0 if norm is not None else self.skipped_steps + 1
         if self.skipped_steps >= MAX_SKIPPED_STEPS:
             raise TrainingDiverged(
