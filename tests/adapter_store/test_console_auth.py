@@ -187,7 +187,7 @@ async def test_browsers_are_told_to_keep_pages_safe(operator: Operator) -> None:
 
 async def test_pages_carry_no_script_or_style_of_their_own(operator: Operator) -> None:
     await operator.sign_in()
-    for path in ("/", "/jobs", "/adapters", "/tenants", "/audit"):
+    for path in ("/", "/engine", "/jobs", "/adapters", "/tenants", "/audit"):
         text = await operator.read(path)
         assert "<style" not in text and " style=" not in text and " onclick" not in text
         assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text

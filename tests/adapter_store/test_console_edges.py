@@ -47,6 +47,8 @@ async def test_without_redis_the_console_shows_what_the_database_knows(settings:
         await operator.sign_in()
         assert "Redis does not answer" in await operator.read("/")
         assert "No job yet" in await operator.read("/jobs")
+        assert "Redis does not answer" in await operator.read("/engine")
+        assert (await operator.get("/engine.json")).json() == {"worker": "", "figures": {}, "slots": {}}
 
 
 async def test_long_lists_have_pages(operator: Operator, session_factory: SessionFactory) -> None:
