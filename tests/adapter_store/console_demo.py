@@ -16,12 +16,13 @@ from services.adapter_store.main import create_app
 from services.embedded import EmbeddedPostgres, EmbeddedRedis
 from shared.config import Settings
 from shared.db import make_engine, session_factory
-from shared.messages import WorkerStatus
-from shared.queue import InferenceWorkerQueue, open_redis
+from shared.messages import TierAttainment, WorkerStatus
+from shared.queue import InferenceWorkerQueue, IterationBatch, IterationSender, open_redis
 from tests.adapter_store.seed import BASE_MODEL, WORKER, Seeded, beat, measure, seed
 
 PASSWORD = "operator"
 STEP_S = 1.5
+ITERATIONS = 30  # of one step
 
 
 def report(settings: Settings, seeded: Seeded) -> None:
@@ -30,6 +31,7 @@ def report(settings: Settings, seeded: Seeded) -> None:
     status = WorkerStatus(
         worker_id=WORKER,
         model=BASE_MODEL,
+        engine_steps=round(time.time() * ITERATIONS / STEP_S) % 1_000_000,
         running=round(21 + 6 * wave),
         waiting=max(0, round(3 * wave)),
         free_blocks=round(3100 - 700 * wave),
@@ -49,9 +51,56 @@ def report(settings: Settings, seeded: Seeded) -> None:
             "windows": 96 << 20,
         },
         memory_limit_bytes=80 << 30,
+        latency_error_p50=0.06,
+        latency_error_p95=0.21,
+        service_levels={
+            tier: TierAttainment(
+                ttft_slo_ms=ttft_ms,
+                tpot_slo_ms=tpot_ms,
+                ttft_met=round(990 * ttft_ms**0.1),
+                ttft_missed=9,
+                ttft_ms_sum=300_000 * ttft_ms**0.1,
+                tpot_met=round(980 * ttft_ms**0.1),
+                tpot_missed=19,
+                tpot_ms_sum=30_000 * ttft_ms**0.1,
+            )
+            for tier, tpot_ms, ttft_ms in (
+                ("priority", 50, 667),
+                ("default", 150, 2000),
+                ("flex", 1200, 16000),
+            )
+        },
     )
     with open_redis(settings.redis_url) as client:
         InferenceWorkerQueue(client, settings, WORKER).beat([], status)
+        IterationSender(client, WORKER).send(iterations(status))
+
+
+def iterations(status: WorkerStatus) -> IterationBatch:
+    """What fits the report: windows forth, then back, beside the decodes."""
+    columns: dict[str, list[float]] = {}
+    for i in range(ITERATIONS):
+        is_back = i % 10 >= 4
+        prefill = 120 if i % 17 == 3 else 0
+        limit_ms = 80 - 2 * status.running
+        row = {
+            "age_ms": 1000 * STEP_S * (1 - (i + 1) / ITERATIONS),
+            "decode_tokens": status.running,
+            "prefill_tokens": prefill,
+            "forward_tokens": 0 if is_back else 230 - 2 * prefill,
+            "backward_tokens": 160.0 if is_back else 0.0,
+            "limit_ms": limit_ms,
+            "predicted_ms": 0.9 * limit_ms,
+            "forward_ms": (0.3 if is_back else 0.8 + 0.05 * math.sin(i)) * limit_ms,
+            "backward_ms": 0.55 * limit_ms if is_back else 0.0,
+            "running": status.running,
+            "waiting": status.waiting,
+            "free_blocks": status.free_blocks,
+            "jobs": len(status.training_jobs),
+        }
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    return IterationBatch.model_validate(columns)
 
 
 async def drive(settings: Settings, seeded: Seeded) -> None:
