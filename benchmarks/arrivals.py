@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 TRACE = Path(__file__).parent.parent / "data" / "azure" / "conversation.csv"
+BEGIN_S = 240.0  # the trace's service is warming up before
 LONGEST = 16_384  # tokens that a request of the trace may have, prompt and answer
 
 
@@ -20,17 +21,20 @@ class Arrival:
 
 
 def arrivals(rate: float, seconds: float, context: int, seed: int = 0) -> list[Arrival]:
-    """About `rate` requests a second for `seconds`; each of the trace is kept with the same probability, so that
-    its bursts stay. The same arguments give the same requests."""
-    rows = _rows()
-    mean_rate = len(rows) / rows[-1].at_s
-    if rate > mean_rate:
-        raise ValueError(f"the trace has {mean_rate:.1f} requests a second, fewer than {rate}")
+    """About `rate` requests a second for `seconds`: of the trace after its first minutes each is kept with the same
+    probability, so that its bursts stay. The same arguments give the same requests."""
+    rows = [row for row in _rows() if BEGIN_S <= row.at_s < BEGIN_S + seconds]
+    if rate * seconds > len(rows):
+        raise ValueError(f"the trace has {len(rows)} requests in {seconds:g} s, fewer than {rate:g} a second")
     rng, scale = random.Random(seed), context / LONGEST
     return [
-        Arrival(row.at_s, max(2, round(row.prompt_tokens * scale)), max(2, round(row.output_tokens * scale)))
+        Arrival(
+            row.at_s - BEGIN_S,
+            max(2, round(row.prompt_tokens * scale)),
+            max(2, round(row.output_tokens * scale)),
+        )
         for row in rows
-        if row.at_s < seconds and rng.random() < rate / mean_rate
+        if rng.random() < rate * seconds / len(rows)
     ]
 
 

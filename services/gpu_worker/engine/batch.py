@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.gpu_worker.engine.latency import Work
 from services.gpu_worker.engine.sequence import Logprob, Sequence
@@ -38,7 +38,8 @@ class JobWindow:
 
     @property
     def work(self) -> Work:
-        return window_work(self.sequence, self.window.start, self.window.end)
+        work = window_work(self.sequence, self.window.start, self.window.end)
+        return replace(work, is_first=self.window.layer == self.job.num_layers - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from services.gpu_worker.engine.batch import Batch, JobWindow, Update, window_work
@@ -14,7 +14,7 @@ from services.gpu_worker.engine.latency import LatencyModel, largest
 from services.gpu_worker.engine.pressure import Pressure
 from services.gpu_worker.finetune.job import FinetuneJob, Phase
 
-GRAIN = 8  # tokens: windows are cut no finer
+NEARLY = 0.95  # of the best
 
 
 class FinetuneScheduler:
@@ -48,7 +48,10 @@ class FinetuneScheduler:
         """Up to the batch's limit; `forced`: a smallest piece of work at least."""
         window = self._window if self.pressure is Pressure.NONE else self._min_window
         forced = forced or self.is_starved
-        filling = _Filling(batch, latency, self._blocks, batch.limit_ms, window, self._min_window, forced)
+        unit = efficient_window(latency, self._min_window, window)
+        filling = _Filling(
+            batch, latency, self._blocks, batch.limit_ms, window, unit, self._min_window, forced
+        )
         turns = self._by_turn()
         for tenant, jobs in turns.items():
             self._shares.charge(tenant, sum(map(filling.add, jobs)))
@@ -58,15 +61,12 @@ class FinetuneScheduler:
 
     def fill_with_a_sequence(self, batch: Batch, latency: LatencyModel) -> None:
         """What is left of one training sequence, and the update behind a step's last one, in one piece."""
-        filling = _Filling(batch, latency, self._blocks, math.inf, self._longest, self._min_window, True)
+        whole = max((job.max_tokens_in_flight for job in self.jobs), default=0)
+        filling = _Filling(batch, latency, self._blocks, math.inf, whole, whole, self._min_window, True)
         for tenant, jobs in self._by_turn().items():
             for job in jobs:
                 if not batch.has_finetuning:
                     self._shares.charge(tenant, filling.add(job))
-
-    @property
-    def _longest(self) -> int:
-        return max((job.max_tokens_in_flight for job in self.jobs), default=0)
 
     def _by_turn(self) -> dict[str, list[FinetuneJob]]:
         jobs: dict[str, list[FinetuneJob]] = {}
@@ -74,6 +74,15 @@ class FinetuneScheduler:
             jobs.setdefault(job.tenant or job.job_id, []).append(job)
         order = self._shares.order({tenant: own[0].weight for tenant, own in jobs.items()})
         return {tenant: jobs[tenant] for tenant in order}
+
+
+def efficient_window(latency: LatencyModel, least: int, most: int) -> int:
+    """The smallest window, of `least` doubled again and again, whose backward is nearly as fast as any's."""
+    sizes = [least]
+    while 2 * sizes[-1] <= most:
+        sizes.append(2 * sizes[-1])
+    rates = [size / max(latency.backward(size), 1e-9) for size in sizes]
+    return next(size for size, rate in zip(sizes, rates, strict=True) if rate >= NEARLY * max(rates))
 
 
 @dataclass(slots=True)
@@ -84,7 +93,8 @@ class _Filling:
     latency: LatencyModel
     blocks: JobBlocks
     limit_ms: float
-    window: int
+    window: int  # largest
+    unit: int  # of a backward
     min_window: int
     forced: bool
 
@@ -112,7 +122,7 @@ class _Filling:
         def fits(size: int) -> bool:
             return latency.forward_ms(beside + window_work(sequence, start, start + size)) <= left_ms
 
-        size = self._size(job.remaining_forward, self.forced and not batch.has_finetuning, fits)
+        size = self._forward_size(job.remaining_forward, fits)
         if size:
             window = job.next_forward(size)
             job.complete(window)
@@ -123,22 +133,23 @@ class _Filling:
         batch, latency, sequence = self.batch, self.latency, job.sequence
 
         @cache  # layer after layer has the same windows
-        def cost_ms(start: int, end: int) -> float:
-            return latency.backward_ms(window_work(sequence, start, end))
+        def cost_ms(start: int, end: int, is_first: bool) -> float:
+            return latency.backward_ms(replace(window_work(sequence, start, end), is_first=is_first))
 
         while job.phase is Phase.BACKWARD:
             left_ms, end = self.limit_ms - batch.predicted_ms, job.position
+            is_first = job.layer == job.num_layers - 1
 
-            def fits(size: int, left_ms: float = left_ms, end: int = end) -> bool:
-                return cost_ms(end - size, end) <= left_ms
+            def fits(size: int, left_ms: float = left_ms, end: int = end, is_first: bool = is_first) -> bool:
+                return cost_ms(end - size, end, is_first) <= left_ms
 
-            size = self._size(end, self.forced and not batch.has_finetuning, fits)
+            size = self._backward_size(end, fits)
             if not size:
                 return
             window = job.next_backward(size)
             job.complete(window)
             batch.backwards.append(JobWindow(job, sequence, window))
-            batch.predicted_ms += cost_ms(window.start, window.end)
+            batch.predicted_ms += cost_ms(window.start, window.end, is_first)
 
     def _add_update(self, job: FinetuneJob) -> None:
         """As many parts of the optimizer step as fit."""
@@ -146,18 +157,37 @@ class _Filling:
         part_ms = self.latency.optimizer_ms / job.num_update_parts
         left_ms = self.limit_ms - batch.predicted_ms
         end = start + largest(job.num_update_parts - start, lambda n: n * part_ms <= left_ms)
-        if end == start and self.forced and not batch.has_finetuning:
+        if end == start and self._is_forced:
             end += 1
         if end > start:
             batch.updates.append(Update(job, start, end))
             batch.predicted_ms += (end - start) * part_ms
 
-    def _size(self, remaining: int, forced: bool, fits: Callable[[int], bool]) -> int:
-        """The largest window of `remaining` tokens that fits; no crumbs, unless they are all that is left."""
+    def _forward_size(self, remaining: int, fits: Callable[[int], bool]) -> int:
+        """The largest window that fits, in steps of the smallest; all that remains may be smaller or ragged."""
+        grain = self.min_window
         most = min(remaining, self.window)
-        least = min(self.min_window, most)
+        if most < remaining:
+            most -= most % grain
         if fits(most):
             return most
-        if not fits(least):
-            return least if forced else 0
-        return least + GRAIN * largest((most - least) // GRAIN, lambda n: fits(least + n * GRAIN))
+        if most <= grain or not fits(grain):
+            return min(most, grain) if self._is_forced else 0
+        return grain * largest(most // grain, lambda n: fits(n * grain))
+
+    def _backward_size(self, end: int, fits: Callable[[int], bool]) -> int:
+        """Down to the next boundary of a grid as wide as a window of the usual size, or half of it, or a quarter.
+
+        Layer after layer then has the same few windows, and libraries have ready what they prepare for a size.
+        """
+        width = self.unit
+        while width >= self.min_window:
+            size = end - (end - 1) // width * width
+            if fits(size) or (width // 2 < self.min_window and self._is_forced):
+                return size
+            width //= 2
+        return 0
+
+    @property
+    def _is_forced(self) -> bool:
+        return self.forced and not self.batch.has_finetuning

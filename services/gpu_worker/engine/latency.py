@@ -30,6 +30,7 @@ class Work:
     longest: int = 0  # keys of the decode that reads most: all others are padded to it
     windows: int = 0  # of prompts and of training
     training_windows: int = 0
+    is_first: bool = False  # of a backward: no layer above has gone through this window
 
     def __post_init__(self) -> None:
         if self.decodes and not self.longest:
@@ -105,14 +106,17 @@ class LatencyModel:
     _decodes: Correction = field(default_factory=Correction)
     _windows: Correction = field(default_factory=Correction)
     _backward: Correction = field(default_factory=Correction)
+    _first_backward: Correction = field(default_factory=Correction)
 
     def forward_ms(self, work: Work) -> float:
         """One fused forward."""
         return self.table_forward_ms(work) * self.forward_correction(work).factor
 
     def backward_ms(self, work: Work) -> float:
-        """One window backward through one layer."""
-        return self.table_backward_ms(work) * self._backward.factor
+        """One window backward through one layer. The first layer prepares what the others find ready: masks, and what
+        libraries make for sizes that they have not seen."""
+        correction = self._first_backward if work.is_first else self._backward
+        return self.table_backward_ms(work) * correction.factor
 
     @property
     def backward_correction(self) -> Correction:
@@ -149,16 +153,26 @@ class LatencyModel:
     ) -> None:
         """Learns from one iteration; `optimizer_ms` is that of one of `num_steps` steps, which may be a part of one."""
         fused_ms = self.table_forward_ms(forward)
-        went_back_ms = sum(map(self.table_backward_ms, backwards))
+        usual_ms = sum(self.table_backward_ms(work) for work in backwards if not work.is_first)
+        first_ms = sum(self.table_backward_ms(work) for work in backwards if work.is_first)
         correction, step_ms = self.forward_correction(forward), num_steps * self.optimizer_ms
         self._accuracy.add(
-            fused_ms * correction.level + went_back_ms * self._backward.level + step_ms,
-            fused_ms * correction.factor + went_back_ms * self._backward.factor + step_ms,
+            fused_ms * correction.level
+            + usual_ms * self._backward.level
+            + first_ms * self._first_backward.level
+            + step_ms,
+            fused_ms * correction.factor
+            + usual_ms * self._backward.factor
+            + first_ms * self._first_backward.factor
+            + step_ms,
             forward_ms + backward_ms + num_steps * optimizer_ms,
         )
         for other in (self._decodes, self._windows):
             other.observe(fused_ms if other is correction else 0.0, forward_ms)
-        self._backward.observe(went_back_ms, backward_ms)
+        if first_ms:
+            self._first_backward.observe(first_ms, backward_ms - usual_ms * self._backward.level)
+        else:
+            self._backward.observe(usual_ms, backward_ms)
         if num_steps:
             self._observe_step(optimizer_ms)
 
