@@ -4,8 +4,8 @@ benchmarks.coserve`.
 For each policy and rate the same requests arrive at the same times while one LoRA job trains on GSM8K. All policies
 are the same engine; `spatial` is two processes of it with half of the threads each. A request attains its service
 level where its first token and its mean time between tokens are both within it. Finetuning counts what went forward
-and backward while requests arrived; what an ideal scheduler could train is the time in which inference alone leaves
-the machine idle, at the speed of finetuning alone.
+and backward while requests arrived. An ideal scheduler would train in the time in which inference alone leaves the
+machine idle, as fast as finetuning alone, measured just before. At each rate the policies take turns.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ POLICIES: dict[str, tuple[SharingName, int]] = {
     "temporal-16": ("temporal", 16),
     "temporal-64": ("temporal", 64),
     "temporal-dynamic": ("temporal-dynamic", 64),
+    "finetune-only": ("finetune-only", 0),
 }
+ALONE_S = 8.0
 console = Console()
 
 
@@ -92,6 +94,7 @@ def make_engine(setting: Setting, sharing: SharingName, period: int) -> Engine:
             setting.dtype,
             setting.threads,
             slos={DEFAULT_TIER: setting.slo},
+            kv_cache_bytes=256 << 20,
             finetune_tokens_in_flight=1024,
             profile_dir=setting.profile_dir,
             scheduler=limits,
@@ -170,67 +173,67 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {"p50": cuts[49], "p99": cuts[98]}
 
 
-def one_engine(setting: Setting, name: str, rates: list[float]) -> list[dict[str, Any]]:
+@dataclass(slots=True)
+class Side:
+    """A policy's engine; beside that of `spatial` another process trains with the other half of the threads."""
+
+    name: str
+    setting: Setting
+    engine: Engine
+    beside: Connection | None = None
+
+    def measure(self, rate: float) -> dict[str, Any]:
+        setting, run = self.setting, Run(self.engine)
+        torch.set_num_threads(setting.threads)
+        if self.beside is not None:
+            self.beside.send(setting.seconds)
+        run.play(arrivals(rate, setting.seconds, CONTEXT), setting.seconds)
+        found = {"policy": self.name, "rate": rate, **run.report(setting.slo, setting.seconds)}
+        if self.beside is not None:
+            found["finetuning_tokens_per_s"] = self.beside.recv()
+        console.print(
+            f"{rate:g} requests/s, {self.name}: {found['attainment']['both']:.0%} in time, TPOT p99 "
+            f"{found['tpot_ms']['p99']:.0f} ms, finetuning {found['finetuning_tokens_per_s']:.0f} tokens/s"
+        )
+        return found
+
+    def speed(self) -> float:
+        """Tokens a second of finetuning without requests."""
+        torch.set_num_threads(self.setting.threads)
+        run = Run(self.engine)
+        run.play([], ALONE_S)
+        return run.rate
+
+
+def make_side(name: str, setting: Setting) -> Side:
     engine = make_engine(setting, *POLICIES[name])
     add_job(engine, setting)
-    return [measure(setting, engine, name, rate) for rate in rates]
+    return Side(name, setting, engine)
 
 
-def measure(setting: Setting, engine: Engine, name: str, rate: float) -> dict[str, Any]:
-    run = Run(engine)
-    run.play(arrivals(rate, setting.seconds, CONTEXT), setting.seconds)
-    found = {"policy": name, "rate": rate, **run.report(setting.slo, setting.seconds)}
-    console.print(
-        f"{name}, {rate:g} requests/s: {found['attainment']['both']:.0%} in time, TPOT p99 "
-        f"{found['tpot_ms']['p99']:.0f} ms, finetuning {found['finetuning_tokens_per_s']:.0f} tokens/s"
-    )
-    return found
-
-
-def two_processes(setting: Setting, rates: list[float]) -> list[dict[str, Any]]:
-    """Inference in this one, finetuning in another."""
+def make_spatial(setting: Setting) -> Side:
     half = replace(setting, threads=max(1, setting.threads // 2))
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    beside = context.Process(target=finetune_beside, args=(half, there), daemon=True)
-    beside.start()
-    try:
-        engine = make_engine(half, "inference-only", 0)
-        add_job(engine, half)  # never scheduled
-        here.recv()
-        found = []
-        for rate in rates:
-            here.send(setting.seconds)
-            cell = measure(half, engine, "spatial", rate)
-            found.append({**cell, "finetuning_tokens_per_s": here.recv()})
-        return found
-    finally:
-        here.send(None)
-        beside.join()
+    context.Process(target=finetune_beside, args=(half, there), daemon=True).start()
+    side = make_side("inference-only", half)
+    here.recv()
+    return replace(side, name="spatial", beside=here)
 
 
 def finetune_beside(setting: Setting, pipe: Connection) -> None:
     """For as many seconds as it is told, again and again; tells tokens a second."""
-    run = Run(make_engine(setting, "finetune-only", 0))
-    add_job(run.engine, setting)
+    run = Run(make_side("finetune-only", setting).engine)
     pipe.send("ready")
-    while (seconds := pipe.recv()) is not None:
-        run.play([], seconds)
+    while True:
+        run.play([], pipe.recv())
         pipe.send(run.rate)
-
-
-def alone(setting: Setting, sharing: SharingName) -> float:
-    """Tokens a second of finetuning without requests."""
-    run = Run(make_engine(setting, sharing, 0))
-    add_job(run.engine, setting)
-    run.play([], setting.seconds)
-    return run.rate
 
 
 def by_peft(setting: Setting) -> float:
     """Of the customary loop of transformers and peft, from the start that our side draws."""
     torch.set_num_threads(setting.threads)
-    engine = make_engine(setting, "coserve", 0)
+    engine = make_engine(setting, *POLICIES["coserve"])
     loop = Training(setting.model, setting.dtype, engine, load_examples(setting.model))
     loop.ours()
     return loop.theirs()
@@ -279,20 +282,22 @@ def main(
     tpot_ms: Annotated[float, typer.Option(help="Service level.")] = 100.0,
     ttft_ms: Annotated[float, typer.Option(help="Service level.")] = 2000.0,
 ) -> None:
-    rates = rate or [0.5, 1.0, 2.0, 3.0]
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(model, dtype, threads, SLO(tpot_ms, ttft_ms), seconds, Path(folder))
-        speeds = {
-            "finetuning": alone(setting, "finetune-only"),
-            "coserving_without_requests": alone(setting, "coserve"),
-            "transformers_and_peft": by_peft(setting),
-        }
-        console.print(f"finetuning alone, tokens/s: {speeds}")
-        cells = [cell for name in POLICIES for cell in one_engine(setting, name, rates)]
-        cells += two_processes(setting, rates)
-    idle = {cell["rate"]: 1 - cell["busy_share"] for cell in cells if cell["policy"] == "inference-only"}
-    for cell in cells:
-        cell["ideal_tokens_per_s"] = max(idle[cell["rate"]], 0.01) * speeds["finetuning"]
+        peft = by_peft(setting)
+        sides = {name: make_side(name, setting) for name in POLICIES}
+        trainer = sides.pop("finetune-only")
+        sides["spatial"] = make_spatial(setting)
+        cells, alone = [], []
+        for requests_per_s in rate or [0.5, 1.0, 2.0, 3.0]:
+            alone.append({"finetuning": trainer.speed(), "coserving": sides["coserve"].speed()})
+            own = [side.measure(requests_per_s) for side in sides.values()]
+            idle = 1 - next(cell["busy_share"] for cell in own if cell["policy"] == "inference-only")
+            for cell in own:
+                cell["ideal_tokens_per_s"] = max(idle, 0.01) * max(alone[-1].values())
+            cells += own
+    speeds = {name: statistics.mean(each[name] for each in alone) for name in alone[0]}
+    speeds["transformers_and_peft"] = peft
     results = {
         "model": model.name,
         "dtype": dtype,

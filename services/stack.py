@@ -110,6 +110,8 @@ def programs(settings: Settings, state: State) -> list[Program]:
             # the cores are shared with the other parts: threads at a barrier spin for microseconds, not for
             # milliseconds, and then sleep (sleeping at once would cost almost half of the speed)
             GOMP_SPINCOUNT="20000",
+            # one for each product and number of rows: co-serving has more of them than oneDNN keeps by default
+            ONEDNN_PRIMITIVE_CACHE_CAPACITY="8192",
         ),
         program("api", "services.api", check=lives(settings.api_port), stop_timeout_s=40),
     ]

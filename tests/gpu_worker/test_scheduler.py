@@ -204,7 +204,7 @@ def test_finetuning_alone_fills_iterations_up_to_the_idle_bound() -> None:
     world = make_world(idle_ms=20.0, finetune_window=64)
     world.scheduler.add_job(make_job("j", [60], num_layers=12, n_epochs=100))
     sizes = [world.step().predicted_ms for _ in range(20)]
-    assert max(sizes) <= 18.0 + 1e-6 and sum(sizes) > 15.0 * len(sizes)
+    assert max(sizes) <= 19.0 + 1e-6 and sum(sizes) > 15.0 * len(sizes)
 
 
 def test_a_job_that_never_fits_still_moves() -> None:

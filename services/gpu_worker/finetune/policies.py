@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from services.gpu_worker.compiler.emit import Program
@@ -15,7 +16,7 @@ WORTH_KEEPING = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerPolicies:
     """A method's policy at every layer."""
 
@@ -26,7 +27,7 @@ class LayerPolicies:
     def uniform(cls, compiled: CompiledMethod, policy: Policy) -> LayerPolicies:
         return cls(compiled, (policy,) * compiled.config.num_layers)
 
-    @property
+    @cached_property
     def reserve(self) -> Reserve:
         if not self.compiled.trains_layers:
             return Reserve(self.compiled.tensors, (frozenset(),) * len(self.chosen))
