@@ -4,7 +4,10 @@ PYTEST_WORKERS ?= 2
 RUN := .venv/bin/python
 INSTALLED := .venv/.flexllm-installed
 
-.PHONY: demo up test lint format settings-table docs-plans bench-peers bench-memory bench-quantised clean
+BENCHMARKS := scheduler latency peers coserve memory quantised
+MODEL := .flexllm/models/SmolLM2-135M-Instruct
+
+.PHONY: demo up test lint format settings-table docs-plans bench $(BENCHMARKS:%=bench-%) clean
 
 demo: $(INSTALLED)
 	.venv/bin/flexllm demo
@@ -31,14 +34,15 @@ settings-table: $(INSTALLED)
 docs-plans: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(RUN) scripts/plans.py
 
-bench-peers: $(INSTALLED)
-	$(RUN) -m benchmarks.peers
+# the scheduler and co-serving beside their alternatives, in less than half an hour
+bench: bench-scheduler bench-latency bench-peers bench-coserve
 
-bench-quantised: $(INSTALLED)
-	$(RUN) -m benchmarks.quantised
+# as a worker of `flexllm up` runs (services/stack.py)
+$(BENCHMARKS:%=bench-%): bench-%: $(INSTALLED) $(MODEL)
+	GOMP_SPINCOUNT=20000 ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192 $(RUN) -m benchmarks.$*
 
-bench-memory: $(INSTALLED)
-	$(RUN) -m benchmarks.memory
+$(MODEL): | $(INSTALLED)
+	.venv/bin/flexllm models pull
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist

@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     max_adapters: int = Field(default=16, ge=1)  # adapters resident on the device
     max_lora_rank: int = Field(default=128, ge=1)
     max_finetune_jobs: int = Field(default=4, ge=0)  # jobs in training at once on one worker
-    finetune_window: int = Field(default=256, ge=1)  # largest window, tokens
+    finetune_window: int = Field(default=1024, ge=1)  # largest window, tokens
     # who gets the iterations; all but coserve are there to be compared with
     sharing: Literal["coserve", "inference-only", "finetune-only", "temporal", "temporal-dynamic"] = "coserve"
     sharing_period: int = Field(default=64, ge=1)  # of temporal sharing: iterations of inference between two others

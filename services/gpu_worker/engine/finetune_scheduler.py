@@ -10,11 +10,11 @@ from functools import cache
 from services.gpu_worker.engine.batch import Batch, JobWindow, Update, window_work
 from services.gpu_worker.engine.fair_share import FairShare
 from services.gpu_worker.engine.job_blocks import JobBlocks
-from services.gpu_worker.engine.latency import LatencyModel, largest
+from services.gpu_worker.engine.latency import LatencyModel, Work, largest
 from services.gpu_worker.engine.pressure import Pressure
 from services.gpu_worker.finetune.job import FinetuneJob, Phase
 
-NEARLY = 0.95  # of the best
+STEPS = 4  # of a backward that should fit into an iteration, at least: larger windows are faster, smaller fill better
 
 
 class FinetuneScheduler:
@@ -48,10 +48,7 @@ class FinetuneScheduler:
         """Up to the batch's limit; `forced`: a smallest piece of work at least."""
         window = self._window if self.pressure is Pressure.NONE else self._min_window
         forced = forced or self.is_starved
-        unit = efficient_window(latency, self._min_window, window)
-        filling = _Filling(
-            batch, latency, self._blocks, batch.limit_ms, window, unit, self._min_window, forced
-        )
+        filling = _Filling(batch, latency, self._blocks, batch.limit_ms, window, self._min_window, forced)
         turns = self._by_turn()
         for tenant, jobs in turns.items():
             self._shares.charge(tenant, sum(map(filling.add, jobs)))
@@ -62,7 +59,7 @@ class FinetuneScheduler:
     def fill_with_a_sequence(self, batch: Batch, latency: LatencyModel) -> None:
         """What is left of one training sequence, and the update behind a step's last one, in one piece."""
         whole = max((job.max_tokens_in_flight for job in self.jobs), default=0)
-        filling = _Filling(batch, latency, self._blocks, math.inf, whole, whole, self._min_window, True)
+        filling = _Filling(batch, latency, self._blocks, math.inf, whole, whole, True)
         for tenant, jobs in self._by_turn().items():
             for job in jobs:
                 if not batch.has_finetuning:
@@ -76,15 +73,6 @@ class FinetuneScheduler:
         return {tenant: jobs[tenant] for tenant in order}
 
 
-def efficient_window(latency: LatencyModel, least: int, most: int) -> int:
-    """The smallest window, of `least` doubled again and again, whose backward is nearly as fast as any's."""
-    sizes = [least]
-    while 2 * sizes[-1] <= most:
-        sizes.append(2 * sizes[-1])
-    rates = [size / max(latency.backward(size), 1e-9) for size in sizes]
-    return next(size for size, rate in zip(sizes, rates, strict=True) if rate >= NEARLY * max(rates))
-
-
 @dataclass(slots=True)
 class _Filling:
     """Adds jobs' work to a batch as long as its predicted time is within `limit_ms`."""
@@ -94,7 +82,6 @@ class _Filling:
     blocks: JobBlocks
     limit_ms: float
     window: int  # largest
-    unit: int  # of a backward
     min_window: int
     forced: bool
 
@@ -136,6 +123,7 @@ class _Filling:
         def cost_ms(start: int, end: int, is_first: bool) -> float:
             return latency.backward_ms(replace(window_work(sequence, start, end), is_first=is_first))
 
+        width = self._grid()
         while job.phase is Phase.BACKWARD:
             left_ms, end = self.limit_ms - batch.predicted_ms, job.position
             is_first = job.layer == job.num_layers - 1
@@ -143,7 +131,7 @@ class _Filling:
             def fits(size: int, left_ms: float = left_ms, end: int = end, is_first: bool = is_first) -> bool:
                 return cost_ms(end - size, end, is_first) <= left_ms
 
-            size = self._backward_size(end, fits)
+            size = self._backward_size(end, width, fits)
             if not size:
                 return
             window = job.next_backward(size)
@@ -175,18 +163,26 @@ class _Filling:
             return min(most, grain) if self._is_forced else 0
         return grain * largest(most // grain, lambda n: fits(n * grain))
 
-    def _backward_size(self, end: int, fits: Callable[[int], bool]) -> int:
-        """Down to the next boundary of a grid as wide as a window of the usual size, or half of it, or a quarter.
+    def _backward_size(self, end: int, width: int, fits: Callable[[int], bool]) -> int:
+        """Down to the next boundary of a grid of this width, or half of it, or a quarter.
 
         Layer after layer then has the same few windows, and libraries have ready what they prepare for a size.
         """
-        width = self.unit
         while width >= self.min_window:
             size = end - (end - 1) // width * width
             if fits(size) or (width // 2 < self.min_window and self._is_forced):
                 return size
             width //= 2
         return 0
+
+    def _grid(self) -> int:
+        """The smallest window, doubled as long as several steps of that size fit into what is left."""
+        left_ms, width = self.limit_ms - self.batch.predicted_ms, self.min_window
+        while 2 * width <= self.window:
+            if STEPS * self.latency.backward_ms(Work(window_tokens=2 * width)) > left_ms:
+                break
+            width *= 2
+        return width
 
     @property
     def _is_forced(self) -> bool:

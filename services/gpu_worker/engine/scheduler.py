@@ -32,7 +32,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 512  # inference tokens of one iteration
     max_model_len: int = 2048
     min_prompt_tokens: int = 32  # of prompts, computed in an iteration whatever its limit
-    finetune_window: int = 256  # largest window, tokens
+    finetune_window: int = 1024  # largest window, tokens
     min_window: int = 32  # smaller pieces of work cost more than they bring
     idle_ms: float = 250.0  # longest iteration when nobody waits: an arrival waits at most this
     margin: float = 0.95  # share of the slack that is planned for; the rest is for what lies between iterations

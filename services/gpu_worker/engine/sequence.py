@@ -64,6 +64,10 @@ class Logprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+AIM = 0.9  # of the mean time between tokens that is promised
+LONGEST_GAP = 2.0  # of it
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """`tokens` is the prompt and what has been generated; the engine's work is `num_tokens - num_computed`."""
@@ -100,9 +104,10 @@ class Sequence:
         return len(self.tokens) - self.num_computed_tokens
 
     def deadline_s(self) -> float:
-        """When the next token is due."""
-        if self.last_token_s is None:
+        """When the next token is due: the mean time between tokens is what is promised, so tokens that came early
+        leave time to one that comes later, but no gap may become so long that the stream seems to stall."""
+        if self.last_token_s is None or self.first_token_s is None:
             return self.arrival_s + self.slo.ttft_ms / 1000
-        # Not first_token_s + n * tpot, though a mean is what is judged: tokens that came early would add up to
-        # time that one later gap may take, and whoever reads the stream would see it stall.
-        return self.last_token_s + self.slo.tpot_ms / 1000
+        tpot_s = self.slo.tpot_ms / 1000
+        num_gaps = len(self.tokens) - self.num_prompt_tokens - self.num_resumed_tokens
+        return min(self.first_token_s + AIM * num_gaps * tpot_s, self.last_token_s + LONGEST_GAP * tpot_s)
