@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +49,7 @@ POLICIES: dict[str, tuple[SharingName, int]] = {
     "finetune-only": ("finetune-only", 0),
 }
 ALONE_S = 8.0
-console = Console()
+console = Console(width=110)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,10 @@ class Served:
     @property
     def ttft_ms(self) -> float:
         return self.tokens_s[0] * 1000
+
+    @property
+    def gaps_ms(self) -> list[float]:
+        return [(after - before) * 1000 for before, after in pairwise(self.tokens_s)]
 
     @property
     def tpot_ms(self) -> float:
@@ -135,10 +140,10 @@ class Run:
             if not self.engine.has_work:
                 time.sleep(0.0005)
                 continue
-            events = self.engine.step().tokens
+            result = self.engine.step()
             after = time.perf_counter() - started
-            self.busy_s += 0.0 if has_ended else after - now
-            for event in events:
+            self.busy_s += 0.0 if has_ended else result.stats.timing.total_ms / 1000
+            for event in result.tokens:
                 request = self.requests[event.request_id]
                 request.tokens_s.append(after - request.arrival.at_s)
                 num_open -= event.finish is not None
@@ -161,6 +166,7 @@ class Run:
             },
             "tpot_ms": percentiles([r.tpot_ms for r in served]),
             "ttft_ms": percentiles([r.ttft_ms for r in served]),
+            "gap_ms": percentiles([gap for r in served for gap in r.gaps_ms]),
             "inference_tokens_per_s": sum(r.arrival.prompt_tokens + r.arrival.output_tokens for r in served)
             / seconds,
             "finetuning_tokens_per_s": self.rate,
@@ -244,11 +250,12 @@ def show(results: dict[str, Any]) -> None:
         title=f"TPOT within {results['slo']['tpot_ms']:g} ms, TTFT {results['slo']['ttft_ms']:g} ms"
     )
     columns = [
-        "requests/s",
+        "req/s",
         "policy",
         "in time",
-        "TPOT p50",
+        "TPOT",
         "p99",
+        "gap p99",
         "TTFT p99",
         "served",
         "trained",
@@ -263,6 +270,7 @@ def show(results: dict[str, Any]) -> None:
             f"{cell['attainment']['both']:.1%}",
             f"{cell['tpot_ms']['p50']:.0f}",
             f"{cell['tpot_ms']['p99']:.0f}",
+            f"{cell['gap_ms']['p99']:.0f}",
             f"{cell['ttft_ms']['p99']:.0f}",
             f"{cell['inference_tokens_per_s']:.0f}",
             f"{cell['finetuning_tokens_per_s']:.0f}",

@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     finetune_window: int = Field(default=1024, ge=1)  # largest window, tokens
     # who gets the iterations; all but coserve are there to be compared with
     sharing: Literal["coserve", "inference-only", "finetune-only", "temporal", "temporal-dynamic"] = "coserve"
-    sharing_period: int = Field(default=64, ge=1)  # of temporal sharing: iterations of inference between two others
+    sharing_period: int = Field(default=64, ge=1)  # of temporal sharing, in iterations of inference
     finetune_tokens_in_flight: int = Field(default=2048, ge=16)  # tokens of one packed training sequence
     finetune_bytes: int = Field(default=0, ge=0)  # that all jobs may hold; 0: a share of what serving leaves
     activation_bytes: int = Field(default=0, ge=0)  # that one job keeps if it can; 0: its part of these

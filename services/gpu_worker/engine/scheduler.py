@@ -35,7 +35,9 @@ class SchedulerConfig:
     finetune_window: int = 1024  # largest window, tokens
     min_window: int = 32  # smaller pieces of work cost more than they bring
     idle_ms: float = 250.0  # longest iteration when nobody waits: an arrival waits at most this
-    margin: float = 0.95  # share of the slack that is planned for; the rest is for what lies between iterations
+    margin: float = (
+        0.95  # share of the slack that is planned for; the rest is for what lies between iterations
+    )
     patience: int = 10  # iterations without finetuning before a smallest window is taken regardless
     sharing: SharingName = "coserve"
     period: int = 64  # of temporal sharing, iterations
