@@ -234,6 +234,19 @@ def test_the_dynamic_period_grows_while_requests_are_late_and_shrinks_when_they_
     assert dynamic.period == 1
 
 
+@pytest.mark.parametrize("window", [1, 5, 32, 40, 1000])
+def test_windows_lie_on_a_grid_and_no_window_is_too_small_for_it(window: int) -> None:
+    world = make_world(num_blocks=200, finetune_window=window)
+    world.scheduler.add_job(job := make_job("j", [61], n_epochs=2))
+    ends = set()
+    while world.scheduler.has_work:
+        batch = world.step()
+        ends |= {work.window.end for work in batch.forwards}
+        ends |= {edge for work in batch.backwards for edge in (work.window.start, work.window.end)}
+    assert job.step == 2
+    assert all(end % min(32, window) == 0 for end in ends - {61})
+
+
 def test_an_update_that_does_not_fit_is_cut() -> None:
     latency = make_latency()
     latency.optimizer_ms = 40.0

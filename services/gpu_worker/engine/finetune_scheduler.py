@@ -28,7 +28,7 @@ class FinetuneScheduler:
         self.jobs: list[FinetuneJob] = []
         self.pressure = Pressure.NONE
         self._blocks = blocks
-        self._window, self._min_window, self._patience = window, min_window, patience
+        self._window, self._min_window, self._patience = window, min(min_window, window), patience
         self._shares = FairShare(quantum=window)
         self._starved = 0  # iterations in a row in which jobs got nothing
 

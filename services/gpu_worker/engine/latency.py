@@ -188,6 +188,7 @@ class LatencyModel:
             "decodes": self._decodes.accuracy.errors(),
             "windows": self._windows.accuracy.errors(),
             "backward": self._backward.accuracy.errors(),
+            "first_backward": self._first_backward.accuracy.errors(),
         }
 
 
