@@ -61,7 +61,9 @@ def plan(
     tp: Annotated[int, typer.Option(min=1, help="Ranks that share the model.")] = 1,
     hardware: Annotated[Literal["h200", "a100", "cpu"], typer.Option(help="Prices of layouts.")] = "h200",
     seq: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence [default: 8192]")] = None,
-    window: Annotated[int, typer.Option(min=1, help="Tokens computed at a time.")] = 256,
+    window: Annotated[
+        int, typer.Option(min=1, help="Tokens at a time; a worker decides, up to FLEXLLM_FINETUNE_WINDOW.")
+    ] = 256,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the model.")] = "bfloat16",
     budget: Annotated[
         float | None,
