@@ -60,14 +60,16 @@ def plan(
     virtual_tokens: Annotated[int | None, typer.Option(help="Of prefix and prompt tuning.")] = None,
     tp: Annotated[int, typer.Option(min=1, help="Ranks that share the model.")] = 1,
     hardware: Annotated[Literal["h200", "a100", "cpu"], typer.Option(help="Prices of layouts.")] = "h200",
-    seq: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence [default: 8192]")] = None,
+    seq: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence.", show_default=str(USUAL_TOKENS))
+    ] = None,
     window: Annotated[
-        int, typer.Option(min=1, help="Tokens at a time; a worker decides, up to FLEXLLM_FINETUNE_WINDOW.")
-    ] = 256,
+        int | None, typer.Option(min=1, help="Tokens at a time.", show_default="a worker's most")
+    ] = None,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the model.")] = "bfloat16",
     budget: Annotated[
         float | None,
-        typer.Option(min=0, help="GiB of a rank for activations [default: at most 30 % more FLOPs]"),
+        typer.Option(min=0, help="GiB of a rank for activations.", show_default="at most 30 % more FLOPs"),
     ] = None,
     quantise: Annotated[Literal["none", "int8", "int4"], typer.Option(help="The layers' linears.")] = "none",
     texts: Annotated[
@@ -134,18 +136,19 @@ def parse_request(options: dict[str, Any]) -> Request:
     except KeyError as error:
         raise OperatorError(f"the config.json of {options['model']} has no {error}") from error
     budget = options["budget"]
+    given_window = {} if options["window"] is None else {"window_tokens": options["window"]}
     return Request(
         model=options["model"],
         hf_config=hf_config,
         method=method_of(spec),
         dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}[options["dtype"]],
         sequence_tokens=options["seq"] or min(USUAL_TOKENS, positions),
-        window_tokens=options["window"],
         tensor_parallel=options["tp"],
         hardware=options["hardware"],
         quantise=options["quantise"],
         budget_bytes=None if budget is None else int(budget * 2**30),
         dropout=getattr(spec, "dropout", 0.0),
+        **given_window,
     )
 
 

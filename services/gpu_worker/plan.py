@@ -12,6 +12,7 @@ import torch
 
 from services.gpu_worker.compiler.plan import TensorPlan
 from services.gpu_worker.dry_run import Form, SequenceBytes, WindowBytes
+from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.model.peft import Method
 from services.gpu_worker.savings import Flops, Step
 
@@ -23,7 +24,7 @@ class Request:
     method: Method
     dtype: torch.dtype = torch.bfloat16
     sequence_tokens: int = 8192  # virtual ones included
-    window_tokens: int = 256
+    window_tokens: int = SchedulerConfig().finetune_window  # a worker's largest
     tensor_parallel: int = 1
     hardware: str = "h200"
     quantise: Form = "none"

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from services.cli import app
 from services.errors import OperatorError
+from shared.config import Settings
 from tests.builders import make_tiny_model
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs/plans.md"
@@ -79,6 +80,11 @@ def test_numbers_for_machines_have_units_in_their_names(folder: str) -> None:
         assert name in COUNTS or UNIT.search(name), f"{name} = {value}"
     windows = found["ablation"][-2]
     assert all(saved > 50 for saved in windows["saved_percent_of_peak"].values())
+
+
+def test_a_plan_is_for_the_windows_of_a_worker_unless_told_otherwise(folder: str) -> None:
+    found = json.loads(plan("--model", folder, "--seq", "64", "--json"))
+    assert found["request"]["window_tokens"] == Settings.model_fields["finetune_window"].default
 
 
 def test_the_generated_programs_are_python(folder: str) -> None:

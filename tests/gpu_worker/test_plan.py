@@ -300,6 +300,7 @@ def test_a_rank_holds_what_the_chosen_layouts_leave_to_it() -> None:
         preset("Llama-3.1-8B"),
         replace(LORA, rank=128),
         sequence_tokens=1024,
+        window_tokens=256,
         tensor_parallel=4,
         hardware="cpu",
     )
