@@ -15,6 +15,33 @@ import httpx
 from services import child
 from shared.config import Settings, child_environment
 
+STORE = "services.adapter_store"
+WORKER = "services.gpu_worker"
+
+
+def with_short_timers(settings: Settings, **changes: object) -> Settings:
+    """For a worker beside an adapter store of the test's own; the work of a killed one moves on within seconds."""
+    port = free_port()
+    return settings.model_copy(
+        update={
+            "store_port": port,
+            "adapter_store_url": f"http://127.0.0.1:{port}",
+            "dtype": "float32",
+            "kv_cache_bytes": 8 << 20,
+            "max_model_len": 512,
+            "lease_s": 2.0,
+            "beat_s": 0.2,
+            "reap_s": 0.2,
+            "worker_ttl_s": 5.0,
+            "job_lease_s": 3.0,
+            "job_beat_s": 0.2,
+            "checkpoint_every_steps": 2,
+            "finetune_tokens_in_flight": 512,
+            "drain_s": 5.0,
+            **changes,
+        }
+    )
+
 
 def free_port() -> int:
     with socket.socket() as probe:

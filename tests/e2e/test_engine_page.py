@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 from signal import SIGKILL
 
 import httpx
@@ -14,54 +12,30 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from services import child
 from shared.config import Settings
 from shared.db import SessionFactory
-from shared.queue import InferenceClient, open_async_redis
+from shared.queue import InferenceClient
 from shared.storage import ObjectStore
 from tests.adapter_store.console_client import Operator
-from tests.e2e.processes import Processes, answers, free_port, wait_until
-from tests.e2e.test_worker import STORE, WORKER, collect, make_request, make_training_job, until_status
+from tests.e2e.processes import WORKER, Processes, with_short_timers
+from tests.e2e.workload import collect, make_request, make_training_job, until_status
 
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    port = free_port()
-    return settings.model_copy(
-        update={
-            "store_port": port,
-            "adapter_store_url": f"http://127.0.0.1:{port}",
-            "dtype": "float32",
-            "kv_cache_bytes": 8 << 20,
-            "max_model_len": 512,
-            "finetune_tokens_in_flight": 512,
-            "beat_s": 0.2,
-            "worker_ttl_s": 2.0,
-            "job_beat_s": 0.2,
-        }
-    )
-
-
-@pytest.fixture
-def processes(settings: Settings, tmp_path: Path) -> Iterator[Processes]:
-    running = Processes(settings, tmp_path)
-    running.start(STORE)
-    wait_until(lambda: answers(f"{settings.adapter_store_url}/livez"), "the adapter store")
-    yield running
-    running.stop()
+    """Those of a worker that is soon seen to be dead."""
+    return with_short_timers(settings, worker_ttl_s=2.0)
 
 
 async def test_what_a_worker_computes_is_on_the_page_and_stays_a_while_when_it_dies(
     settings: Settings,
     processes: Processes,
+    client: InferenceClient,
     session_factory: SessionFactory,
     engine: AsyncEngine,
     object_store: ObjectStore,
 ) -> None:
     worker = processes.start(WORKER)
     tenant_id, job_id = await make_training_job(settings, session_factory, engine, object_store)
-    async with (
-        open_async_redis(settings.redis_url) as redis,
-        InferenceClient(redis, settings, "api") as client,
-    ):
-        await asyncio.gather(*(collect(client, make_request(settings, i)) for i in range(6)))
+    await asyncio.gather(*(collect(client, make_request(settings, i)) for i in range(6)))
     await until_status(session_factory, tenant_id, job_id, "succeeded")
     await asyncio.sleep(1.0)  # the last batch is on its way
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
@@ -20,90 +18,19 @@ from services import child
 from services.adapter_store import tasks
 from shared.config import Settings
 from shared.db import SessionFactory
-from shared.files import file_key
 from shared.jobs import get_job, list_events
-from shared.messages import (
-    ADAPTER_FILES,
-    AdapterRef,
-    GenerateRequest,
-    SamplingParams,
-    TrainSpec,
-)
-from shared.model_folder import describe_model
-from shared.models import AdapterVersion, BaseModelRow, Checkpoint, FtJob
-from shared.peft import Ia3Spec, LoraSpec, PeftSpec, PrefixSpec
-from shared.queue import InferenceClient, open_async_redis
+from shared.messages import ADAPTER_FILES, AdapterRef, GenerateRequest
+from shared.models import AdapterVersion, Checkpoint
+from shared.peft import Ia3Spec, PeftSpec, PrefixSpec
+from shared.queue import InferenceClient
 from shared.storage import ObjectStore
-from shared.tokenizer import ChatTokenizer
-from tests.e2e.processes import Processes, answers, free_port, wait_until
-from tests.records import make_file, make_job, make_tenant
-
-STORE = "services.adapter_store"
-WORKER = "services.gpu_worker"
-LORA = LoraSpec(rank=4, alpha=8)
+from tests.e2e.processes import WORKER, Processes, wait_until, with_short_timers
+from tests.e2e.workload import LORA, collect, make_request, make_training_job, until_status
 
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    """Short timers, so that a killed worker's work moves on within seconds."""
-    port = free_port()
-    return settings.model_copy(
-        update={
-            "store_port": port,
-            "adapter_store_url": f"http://127.0.0.1:{port}",
-            "dtype": "float32",
-            "kv_cache_bytes": 8 << 20,
-            "max_model_len": 512,
-            "lease_s": 2.0,
-            "beat_s": 0.2,
-            "reap_s": 0.2,
-            "worker_ttl_s": 5.0,
-            "job_lease_s": 3.0,
-            "job_beat_s": 0.2,
-            "checkpoint_every_steps": 2,
-            "finetune_tokens_in_flight": 512,
-            "drain_s": 5.0,
-        }
-    )
-
-
-@pytest.fixture
-def processes(settings: Settings, tmp_path: Path) -> Iterator[Processes]:
-    running = Processes(settings, tmp_path)
-    running.start(STORE)
-    wait_until(lambda: answers(f"{settings.adapter_store_url}/livez"), "the adapter store")
-    yield running
-    running.stop()
-
-
-@pytest.fixture
-async def client(settings: Settings) -> AsyncIterator[InferenceClient]:
-    async with (
-        open_async_redis(settings.redis_url) as redis,
-        InferenceClient(redis, settings, "api") as client,
-    ):
-        yield client
-
-
-def make_request(settings: Settings, number: int, **fields: object) -> GenerateRequest:
-    tokenizer = ChatTokenizer(settings.model_dir)
-    prompt = tokenizer.encode_chat(
-        [{"role": "user", "content": f"Count to {number}."}], add_generation_prompt=True
-    )
-    sampling = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
-    values = {"request_id": f"req-{number}", "tenant_id": "t", "prompt": tuple(prompt), "sampling": sampling}
-    return GenerateRequest(**{**values, **fields})
-
-
-async def collect(client: InferenceClient, request: GenerateRequest) -> list[int]:
-    """The request's tokens; every one exactly once and in order."""
-    tokens: list[int] = []
-    await client.enqueue(request)
-    async for frame in client.stream(request):
-        assert frame.from_seq == len(tokens)
-        tokens += frame.tokens
-        assert frame.error is None
-    return tokens
+    return with_short_timers(settings)
 
 
 def reference(settings: Settings, request: GenerateRequest) -> list[int]:
@@ -128,62 +55,6 @@ def likeliest_in_peft(
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*request.prompt, *output]])).logits[0]
     return logits[-len(output) - 1 : -1].argmax(-1).tolist()
-
-
-async def make_training_job(
-    settings: Settings,
-    factory: SessionFactory,
-    engine: AsyncEngine,
-    objects: ObjectStore,
-    epochs: int = 2,
-    peft: PeftSpec = LORA,
-) -> tuple[str, str]:
-    """A validated job on 24 examples; returns (tenant id, job id)."""
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"Say {i}."},
-                {"role": "assistant", "content": f"{i}! " * 8},
-            ]
-        }
-        for i in range(24)
-    ]
-    content = "\n".join(json.dumps(row) for row in rows).encode()
-    folder = describe_model(settings.model_dir)
-    spec = TrainSpec(n_epochs=epochs, batch_size=4, learning_rate=5e-3 if peft == LORA else 0.05, peft=peft)
-    async with factory.begin() as session:
-        tenant_id = await make_tenant(session)
-        if await session.get(BaseModelRow, folder.base_digest) is None:
-            session.add(
-                BaseModelRow(
-                    digest=folder.base_digest,
-                    name=settings.model_id,
-                    tokenizer_digest=folder.tokenizer_digest,
-                )
-            )
-        file_id = await make_file(session, tenant_id, content)
-        job = await make_job(
-            session,
-            tenant_id,
-            training_file=file_id,
-            spec=spec,
-            base_model=settings.model_id,
-            suffix="counter",
-        )
-    await objects.put(file_key(tenant_id, file_id), content)
-    await tasks.validate_dataset(settings, engine, job.id)
-    return tenant_id, job.id
-
-
-async def until_status(factory: SessionFactory, tenant_id: str, job_id: str, status: str) -> FtJob:
-    for _ in range(1200):
-        async with factory.begin() as session:
-            job = await get_job(session, tenant_id, job_id)
-        if job.status == status:
-            return job
-        assert job.status not in ("failed", "cancelled"), (job.error_code, job.error_message)
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"job is {job.status} at step {job.step}, not {status}")
 
 
 async def until_checkpoint(factory: SessionFactory, job_id: str) -> None:
