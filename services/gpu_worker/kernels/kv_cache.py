@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from services.gpu_worker.kernels.norm_rope import rope
+
 
 class KVCache:
     """Keys (after the rotary embedding) and values of every layer."""
@@ -91,3 +93,23 @@ class KVCache:
         keys = self.keys[layer].index_select(0, pages).view(shape)
         values = self.values[layer].index_select(0, pages).view(shape)
         return keys, values
+
+
+def rope_cache_write(
+    q_NHE: Tensor,
+    k_NGE: Tensor,
+    v_NGE: Tensor,
+    cos_NE: Tensor,
+    sin_NE: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Rotated queries [N, H, E]; rotated keys, and values, go to `slots` (from `KVCache.slots`).
+
+    `keys` and `values` are one layer's, `KVCache.keys[layer]` and `KVCache.values[layer]`.
+    """
+    head_dim = k_NGE.shape[-1]
+    keys.view(-1, head_dim).index_copy_(0, slots, rope(k_NGE, cos_NE, sin_NE).reshape(-1, head_dim))
+    values.view(-1, head_dim).index_copy_(0, slots, v_NGE.reshape(-1, head_dim))
+    return rope(q_NHE, cos_NE, sin_NE)

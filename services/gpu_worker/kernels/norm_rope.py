@@ -18,6 +18,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * rstd).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x + y`, rounded, and `rms_norm` of that."""
+    total = x + y
+    return total, rms_norm(total, weight, eps)
+
+
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Gradient of `rms_norm` with respect to `x`; the weight is frozen."""
     wide = x.to(accumulation_dtype(x.dtype))
