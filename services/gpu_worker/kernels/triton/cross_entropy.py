@@ -1,0 +1,222 @@
+"""Linear + softmax cross-entropy whose logits never leave the registers; twin in `kernels/cross_entropy.py`.
+
+A first launch computes tiles of logits and keeps of each its log-sum-exp, maximum and label. For the gradient
+a second one computes them again and writes what the loss's gradient with respect to them is, a piece of the
+vocabulary at a time, in the model's dtype; that piece times the head is torch's product. A kernel that kept
+the gradient in registers too would have to add to `dx` from many programs: slower, or not the same every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.gpu_worker.kernels.cross_entropy import MAX_LOGITS, CrossEntropy, LowRankHead
+from services.gpu_worker.kernels.linear import FrozenLinear
+from services.gpu_worker.kernels.triton.common import Configuration, UnsupportedShape, dot
+from services.gpu_worker.kernels.triton.configure import configure
+from services.gpu_worker.kernels.triton.rows import check_floats, check_shape
+
+MOST_ROWS = 1024  # that one launch measures
+TOKENS = 128  # of the vocabulary, a program
+
+
+@triton.jit
+def _logits(
+    x_ptr, head_ptr, rows, tokens, num_rows, vocabulary, width, x_stride, head_stride,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, TOKENS] in float32; zero outside of the rows and of the vocabulary."""
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
+    head_rows = head_ptr + tokens.to(tl.int64)[None, :] * head_stride
+    for start in range(0, width, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
+        x = tl.load(x_rows + columns[None, :], mask=inside, other=0.0)
+        inside = (tokens < vocabulary)[None, :] & (columns < width)[:, None]
+        total += dot(x, tl.load(head_rows + columns[:, None], mask=inside, other=0.0))
+    return total
+
+
+@triton.jit
+def _measure_kernel(
+    x_ptr,
+    head_ptr,
+    labels_ptr,
+    lse_ptr,
+    top_ptr,
+    best_ptr,
+    at_label_ptr,
+    num_rows,
+    vocabulary,
+    width,
+    x_stride,
+    head_stride,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of a tile: log-sum-exp, maximum and where it is, [tile of the vocabulary, row]; and the labels' logits."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    logits = _logits(
+        x_ptr, head_ptr, rows, tokens, num_rows, vocabulary, width, x_stride, head_stride,
+        ROWS, TOKENS, COLUMNS,
+    )  # fmt: skip
+    logits = tl.where((tokens < vocabulary)[None, :], logits, float("-inf"))
+    top, best = tl.max(logits, 1, return_indices=True)
+    lse = top + tl.log(tl.sum(tl.exp(logits - top[:, None]), 1))
+    here = rows < num_rows
+    place = tl.program_id(1) * num_rows + rows
+    tl.store(lse_ptr + place, lse, mask=here)
+    tl.store(top_ptr + place, top, mask=here)
+    tl.store(best_ptr + place, tl.program_id(1) * TOKENS + best, mask=here)
+    label = tl.load(labels_ptr + rows, mask=here, other=-1)
+    inside = (label >= tl.program_id(1) * TOKENS) & (label < tl.program_id(1) * TOKENS + TOKENS)
+    own = tl.sum(tl.where(tokens[None, :] == label[:, None], logits, 0.0), 1)
+    tl.store(at_label_ptr + rows, own, mask=inside & (label < vocabulary))
+
+
+@triton.jit
+def _gradient_kernel(
+    x_ptr,
+    head_ptr,
+    labels_ptr,
+    lse_ptr,
+    gradient_ptr,
+    first_token,
+    num_rows,
+    vocabulary,
+    width,
+    x_stride,
+    head_stride,
+    gradient_stride,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Probabilities of a piece of the vocabulary, less one at the label; zeros in rows without one."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    tokens = first_token + place
+    logits = _logits(
+        x_ptr, head_ptr, rows, tokens, num_rows, vocabulary, width, x_stride, head_stride,
+        ROWS, TOKENS, COLUMNS,
+    )  # fmt: skip
+    label = tl.load(labels_ptr + rows, mask=rows < num_rows, other=-1)
+    lse = tl.load(lse_ptr + rows, mask=rows < num_rows, other=0.0)
+    gradient = tl.exp(logits - lse[:, None]) - (tokens[None, :] == label[:, None]).to(tl.float32)
+    gradient = tl.where((label >= 0)[:, None], gradient, 0.0)
+    out = gradient_ptr + rows.to(tl.int64)[:, None] * gradient_stride + place[None, :]
+    inside = (rows < num_rows)[:, None] & ((tokens < vocabulary) & (place < gradient_stride))[None, :]
+    tl.store(out, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    head: FrozenLinear,
+    labels: Tensor,
+    denominator: float,
+    with_gradient: bool = True,
+    low_rank: LowRankHead | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> CrossEntropy:
+    """`x` [N, D] (after the final norm), `head` [V, D], `labels` int64 [N]; a negative one is none.
+
+    At most `max_logits` numbers of the logits' gradient exist at a time, or those of 128 tokens. There is no
+    kernel for an adapter of the head: a caller who has a `low_rank` part needs the twin.
+    """
+    if low_rank is not None:
+        raise UnsupportedShape(f"no kernel adds the low-rank part {list(low_rank.b.shape)} of the head")
+    weight = _checked(x, head, labels)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    loss = torch.zeros((), dtype=torch.float32, device=x.device)
+    correct = torch.zeros((), dtype=torch.int64, device=x.device)
+    dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if with_gradient else None
+    for start in range(0, x.shape[0], MOST_ROWS):
+        rows = slice(start, start + MOST_ROWS)
+        lse, losses, hits = _measure(x[rows], weight, labels[rows])
+        loss += losses
+        correct += hits
+        if dx is not None:
+            _add_gradient(dx[rows], x[rows], weight, labels[rows], lse, denominator, max_logits)
+    return CrossEntropy(loss, correct, dx)
+
+
+def _checked(x: Tensor, head: FrozenLinear, labels: Tensor) -> Tensor:
+    """The head's weight [V, D]; a quantised one is made dense for the call."""
+    check_floats("x", x)
+    weight = head.dense()
+    if x.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype or head.bias is not None:
+        shown = f"{x.dtype} {list(x.shape)} and a head of {weight.dtype} {list(weight.shape)}"
+        raise UnsupportedShape(f"no kernel for x {shown}" + (" with a bias" if head.bias is not None else ""))
+    check_shape("labels", labels, (x.shape[0],))
+    return weight.contiguous()
+
+
+def _tile(dtype: torch.dtype, num_rows: int) -> dict[str, int]:
+    """float32 is multiplied without tensor cores, from twice the memory."""
+    narrow = dtype != torch.float32
+    rows = min(128 if narrow else 64, max(16, triton.next_power_of_2(num_rows)))
+    warps, stages = (8, 3) if narrow and rows == 128 else (4, 3 if narrow else 2)
+    columns = 64 if narrow else 32
+    return {"ROWS": rows, "TOKENS": TOKENS, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
+
+
+def _measure(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of each row, the sum of the losses, and the number of hits."""
+    num_rows, vocabulary = x.shape[0], weight.shape[0]
+    tile, tiles = _tile(x.dtype, num_rows), triton.cdiv(vocabulary, TOKENS)
+    parts, tops = (torch.empty(tiles, num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    places = torch.empty(tiles, num_rows, dtype=torch.int32, device=x.device)
+    at_label = torch.zeros(num_rows, dtype=torch.float32, device=x.device)
+    _measure_kernel[triton.cdiv(num_rows, tile["ROWS"]), tiles](
+        x, weight, labels, parts, tops, places, at_label,
+        num_rows, vocabulary, x.shape[1], x.stride(0), weight.stride(0), **tile,
+    )  # fmt: skip
+    lse = parts.logsumexp(0)
+    best = places.gather(0, tops.argmax(0, keepdim=True))[0]
+    losses = torch.where(labels >= 0, lse - at_label, 0).sum()
+    return lse, losses, (best == labels).sum()
+
+
+def _add_gradient(
+    dx: Tensor, x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, denominator: float, max_logits: int
+) -> None:
+    """`dx` += the gradient of the losses over `denominator`, piece by piece of the vocabulary."""
+    num_rows, vocabulary = x.shape[0], weight.shape[0]
+    tile = _tile(x.dtype, num_rows)
+    piece = min(vocabulary, max(TOKENS, max_logits // num_rows // TOKENS * TOKENS))
+    memory = torch.empty(num_rows * piece, dtype=x.dtype, device=x.device)
+    for first in range(0, vocabulary, piece):
+        size = min(piece, vocabulary - first)
+        gradient = memory[: num_rows * size].view(num_rows, size)
+        _gradient_kernel[triton.cdiv(num_rows, tile["ROWS"]), triton.cdiv(size, TOKENS)](
+            x, weight, labels, lse, gradient, first,
+            num_rows, vocabulary, x.shape[1], x.stride(0), weight.stride(0), size, **tile,
+        )  # fmt: skip
+        dx.addmm_(gradient, weight[first : first + size], alpha=1 / denominator)
+
+
+def _configurations(dtype: torch.dtype, num_rows: int) -> list[Configuration]:
+    tile = _tile(dtype, num_rows)
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    kernels = {"cross_entropy_measure": _measure_kernel, "cross_entropy_gradient": _gradient_kernel}
+    types = {"lse_ptr": torch.float32, "top_ptr": torch.float32, "at_label_ptr": torch.float32}
+    indices = {"labels_ptr": torch.int64, "best_ptr": torch.int32}
+    return [
+        configure(f"{name}-{tile['ROWS']}", kernel, tile, dtype, warps, stages, **types, **indices)
+        for name, kernel in kernels.items()
+    ]
+
+
+CONFIGURATIONS = [
+    each
+    for dtype in (torch.bfloat16, torch.float32)
+    for num_rows in (16, 64, 128)
+    if not (dtype == torch.float32 and num_rows == 128)  # it has no such tile
+    for each in _configurations(dtype, num_rows)
+]
