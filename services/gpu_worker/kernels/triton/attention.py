@@ -224,8 +224,7 @@ def paged_attention(q_NHE: Tensor, keys: Tensor, values: Tensor, batch: PagedBat
         part_lse = parts.new_empty(parts.shape[:-1])
         _forward[(len(tiles.tiles), shapes.num_kv_heads)](
             q_NHE, keys, values, out, lse, parts, part_lse, batch.columns, batch.blocks, tiles.tiles,
-            q_NHE.stride(0), shapes.scale * LOG2E, BM=form.rows, BN=form.keys, **shapes.constants,
-            num_warps=form.num_warps, num_stages=form.num_stages,
+            q_NHE.stride(0), shapes.scale * LOG2E, **shapes.constants, **form.options,
         )  # fmt: skip
         if tiles.num_parts:
             _merge[(len(tiles.merges), shapes.num_kv_heads)](

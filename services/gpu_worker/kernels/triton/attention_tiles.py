@@ -37,6 +37,15 @@ class Form:
     num_stages: int
     part: int = 0  # keys of a part of a tile; 0: all
 
+    @property
+    def options(self) -> dict[str, int]:
+        return {
+            "BM": self.rows,
+            "BN": self.keys,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
@@ -54,7 +63,7 @@ class Shapes:
         (n, h, e), width = q_NHE.shape, keys.shape[-1]
         said = f"queries {list(q_NHE.shape)} {q_NHE.dtype}, keys {list(keys.shape)} {keys.dtype}"
         if q_NHE.dtype not in DTYPES or not q_NHE.dtype == keys.dtype == values.dtype:
-            raise UnsupportedShape(f"attention takes one of {[*TYPES][:3]}, not {said}")
+            raise UnsupportedShape(f"attention takes queries and keys of one type of {DTYPES}, not {said}")
         if e > MAX_HEAD_DIM or h % batch.num_kv_heads or h > MAX_GROUP * batch.num_kv_heads:
             raise UnsupportedShape(
                 f"attention takes heads of up to {MAX_HEAD_DIM} and 1 to {MAX_GROUP} of them a key head, not "
@@ -95,21 +104,27 @@ class Shapes:
     def constants(self) -> dict[str, int]:
         return self.row_constants | {"BLOCK_SIZE": self.block_size}
 
+    @property
+    def fewest_rows(self) -> int:
+        """Of a tile: a product takes 16 or more, and one token's heads must fit."""
+        return max(16, triton.next_power_of_2(self.group))
+
     def forward_forms(self) -> tuple[Form, Form]:
         """For runs that fit into one small tile, and for all others."""
-        small_rows = max(16, triton.next_power_of_2(self.group))
+        rows = self.fewest_rows
         if self.dtype == torch.float32:
-            return Form(small_rows, 32, 4, 2, SMALL_PART), Form(32, 32, 4, 2, LARGE_PART)
+            return Form(rows, 32, 8, 3, SMALL_PART), Form(rows, 32, 8, 3, LARGE_PART)
         if self.padded_dim > 128:
-            return Form(small_rows, 32, 4, 2, SMALL_PART), Form(64, 32, 4, 2, LARGE_PART)
-        return Form(small_rows, 64, 4, 3, SMALL_PART), Form(128, 64, 8, 3, LARGE_PART)
+            return Form(rows, 32, 4, 2, SMALL_PART), Form(64, 32, 8, 2, LARGE_PART)
+        return Form(rows, 64, 4, 3, SMALL_PART), Form(128, 64, 8, 3, LARGE_PART)
 
     def backward_forms(self) -> tuple[Form, Form]:
         """For the gradient of queries, and for that of keys and values."""
+        rows = self.fewest_rows
         if self.dtype == torch.float32:
-            return Form(32, 32, 4, 1), Form(32, 32, 4, 1)
+            return Form(rows, 32, 8, 1), Form(rows, 32, 8, 1)
         if self.padded_dim > 128:
-            return Form(64, 32, 8, 1), Form(32, 32, 8, 1)
+            return Form(32, 32, 8, 1), Form(32, 32, 8, 1)
         return Form(64, 64, 8, 2), Form(64, 64, 8, 2)
 
 
