@@ -4,7 +4,7 @@ PYTEST_WORKERS ?= 2
 RUN := .venv/bin/python
 INSTALLED := .venv/.flexllm-installed
 
-BENCHMARKS := scheduler latency peers coserve memory quantised
+BENCHMARKS := scheduler latency peers coserve serving memory quantised
 MODEL := .flexllm/models/SmolLM2-135M-Instruct
 
 .PHONY: demo up test lint format settings-table docs-plans bench $(BENCHMARKS:%=bench-%) clean
@@ -35,7 +35,7 @@ docs-plans: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(RUN) scripts/plans.py
 
 # the scheduler and co-serving beside their alternatives, in less than half an hour
-bench: bench-scheduler bench-latency bench-peers bench-coserve
+bench: bench-scheduler bench-latency bench-peers bench-coserve bench-serving
 
 # as a worker of `flexllm up` runs (services/stack.py)
 $(BENCHMARKS:%=bench-%): bench-%: $(INSTALLED) $(MODEL)
