@@ -240,7 +240,7 @@ class _WindowRun:
         wide = accumulation_dtype(self.dtype)
         self.state = GradientState(
             torch.empty(num_tokens, config.hidden_size, dtype=self.dtype),
-            *(torch.empty(heads[0], num_tokens, heads[1], dtype=wide) for _ in range(2)),
+            *(torch.empty(1, heads[0], num_tokens, heads[1], dtype=wide) for _ in range(2)),
         )
         reserve = Reserve(policies.reserve.tensors, (policies.reserve.labels,))
         self.store = ActivationStore(reserve, num_tokens, self.dtype, wide, CPU)

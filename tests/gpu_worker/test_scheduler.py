@@ -39,7 +39,8 @@ def is_finetuning(batch: Batch) -> bool:
 
 def is_kept(batch: Batch, world: World) -> bool:
     """Finetuning was added within the limit; what inference takes by itself is not the scheduler's to refuse."""
-    alone = world.scheduler.latency.forward_ms(batch.inference_work)
+    lanes = [world.scheduler.latency, world.scheduler.lane_latency or world.scheduler.latency]
+    alone = max(latency.forward_ms(batch.inference_work) for latency in lanes)
     return batch.predicted_ms <= max(batch.limit_ms, alone) + 1e-6
 
 
@@ -50,6 +51,7 @@ def is_kept(batch: Batch, world: World) -> bool:
     num_blocks=st.integers(16, 80),
     budget=st.integers(4, 64),
     slowness=st.lists(st.floats(0.5, 3.0), min_size=1, max_size=7),
+    lanes=st.booleans(),
 )
 def test_everything_finishes_and_no_block_is_lost(
     requests: list[tuple[int, int, int, int, float]],
@@ -57,12 +59,14 @@ def test_everything_finishes_and_no_block_is_lost(
     num_blocks: int,
     budget: int,
     slowness: list[float],
+    lanes: bool,
 ) -> None:
     turn = iter(range(10**9))
     world = make_world(
         num_blocks=num_blocks,
         max_num_batched_tokens=budget,
         patience=5,
+        lane_latency=make_latency(1.5) if lanes else None,
         actual=lambda predicted: predicted * slowness[next(turn) % len(slowness)],
     )
     arrivals: dict[int, list[Callable[[], None]]] = {}

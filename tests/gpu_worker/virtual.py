@@ -143,6 +143,7 @@ def make_world(
     *,
     num_blocks: int = 64,
     latency: LatencyModel | None = None,
+    lane_latency: LatencyModel | None = None,
     actual: Callable[[float], float] = lambda predicted: predicted,
     **config: Any,
 ) -> World:
@@ -151,5 +152,6 @@ def make_world(
         SchedulerConfig(**{**limits, **config}),
         BlockManager(num_blocks, BLOCK_SIZE),
         latency or make_latency(),
+        lane_latency,
     )
     return World(scheduler, actual)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 
 import torch
 from torch.fx import Graph, Node
@@ -34,13 +35,15 @@ class ForwardPrograms:
     def __init__(self, config: ModelConfig, tp: int = 1) -> None:
         self.config, self.tp = config, tp
         self._programs: dict[tuple[frozenset[str], frozenset[str]], LayerProgram] = {}
+        self._lock = Lock()  # forwards of two threads ask at once
 
     def get(self, sites: frozenset[str], kept: frozenset[str]) -> LayerProgram:
         """`kept` are labels of `model/layer.py`; others (of bypasses' own tensors) are kept by the sites."""
         key = sites, kept
-        if key not in self._programs:
-            self._programs[key] = compile_graph(self.graph(sites, kept))
-        return self._programs[key]
+        with self._lock:
+            if key not in self._programs:
+                self._programs[key] = compile_graph(self.graph(sites, kept))
+            return self._programs[key]
 
     def graph(self, sites: frozenset[str], kept: frozenset[str]) -> Graph:
         graph = trace_rank(self.config, self.tp)

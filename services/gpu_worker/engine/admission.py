@@ -49,6 +49,7 @@ class Admission:
     max_tokens: int  # of a training sequence
     max_rank: int
     offload: Offload
+    num_lanes: int = 1  # of a job that may work at once
     activation_bytes: int = 0  # that one job aims at; 0: its part of the budget
     budget: int = 0  # bytes of the device
     step_flops: float = math.inf  # of a token in one layer's backward, that the service level has time for
@@ -118,7 +119,7 @@ class Admission:
     ) -> JobPlan:
         """Raises TooLarge where the job never fits, JobMustWait where it does once others have ended."""
         compiled = self.compile(method, config.lora_dropout > 0)
-        planner = JobPlanner(self.weights, compiled, config, training, validation)
+        planner = JobPlanner(self.weights, compiled, config, training, validation, self.num_lanes)
         room = self._room()
         try:
             return planner.plan(self.max_tokens, room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from services.gpu_worker.engine.latency import Work
@@ -29,17 +30,31 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class JobWindow:
-    """A window of a job's training sequence. `begins` and `ends` mark the first and last of the sequence."""
+    """A window of a job's training sequence, and in which lane it is computed."""
 
     job: FinetuneJob
     sequence: TrainingSequence
     window: Window
     ends_evaluation: bool = False
+    lane: int = 0
 
     @property
     def work(self) -> Work:
         work = window_work(self.sequence, self.window.start, self.window.end)
         return replace(work, is_first=self.window.layer == self.job.num_layers - 1)
+
+    def must_follow(self, earlier: JobWindow) -> bool:
+        """Of two steps of a batch's backward: whether this one has to wait for the earlier one to end.
+
+        A step reads gradients of its rows from the layer above, of its keys and values from later windows of its
+        layer, and sums into the keys and values before it. So neighbouring layers can be under way at once as
+        long as the upper one's rows lie before the lower one's.
+        """
+        if self.job is not earlier.job:
+            return False
+        own, other = self.window, earlier.window
+        assert own.layer is not None and other.layer is not None
+        return other.layer != own.layer + 1 or other.end > own.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +100,10 @@ class Batch:
     """One fused forward over `prompts`, `decodes` and `forwards`, then `backwards` in order, then
     `updates`.
 
+    In two lanes requests are in lane 0 and windows in either. Each lane's forward is one; of a job with windows in
+    both, those of lane 1 come first. A step of the backward waits for those that it must follow; updates wait for
+    both lanes.
+
     Before all that the keys and values of `parked` jobs go to host memory, then those of jobs `brought_back`
     into their new blocks.
     """
@@ -97,7 +116,8 @@ class Batch:
     parked: list[Parked] = field(default_factory=list)
     brought_back: list[FinetuneJob] = field(default_factory=list)
     limit_ms: float = 0.0
-    predicted_ms: float = 0.0
+    lanes_ms: list[float] = field(default_factory=lambda: [0.0])  # when each lane will be done, as predicted
+    updates_ms: float = 0.0  # what the updates will take after that
     _decode_work: Work | None = None
 
     @property
@@ -123,8 +143,26 @@ class Batch:
         return sum((chunk.work for chunk in self.prompts), self._decode_work)
 
     @property
-    def forward_work(self) -> Work:
-        return sum((forward.work for forward in self.forwards), self.inference_work)
+    def num_lanes(self) -> int:
+        return len(self.lanes_ms)
+
+    @property
+    def predicted_ms(self) -> float:
+        return max(self.lanes_ms) + self.updates_ms
+
+    def forward_work(self, lane: int = 0) -> Work:
+        own = (forward.work for forward in self.forwards if forward.lane == lane)
+        return sum(own, Work() if lane else self.inference_work)
+
+    def backward_steps(self, lane: int = 0) -> Iterator[tuple[JobWindow, int]]:
+        """A lane's steps in order; of each how many of the other lane's have to be done before."""
+        counts, others = [0] * self.num_lanes, list[tuple[JobWindow, int]]()
+        for step in self.backwards:
+            counts[step.lane] += 1
+            if step.lane != lane:
+                others.append((step, counts[step.lane]))
+            else:
+                yield step, next((n for other, n in reversed(others) if step.must_follow(other)), 0)
 
     @property
     def has_finetuning(self) -> bool:
@@ -152,13 +190,23 @@ class Sampled:
     logprob: Logprob | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LaneTiming:
+    """Milliseconds that a lane has computed, without what it waited for the other."""
+
+    forward_ms: float
+    backward_ms: float
+
+
 @dataclass(slots=True)
 class Timing:
-    """Milliseconds of one iteration's parts, and the amount of work that they took."""
+    """Milliseconds of one iteration's parts: the forward that requests are in, then the rest of the windows, then
+    updates."""
 
     forward_ms: float = 0.0
     backward_ms: float = 0.0
     optimizer_ms: float = 0.0
+    lanes: tuple[LaneTiming, ...] = ()
 
     @property
     def total_ms(self) -> float:

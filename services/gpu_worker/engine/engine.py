@@ -17,6 +17,7 @@ from services.gpu_worker.engine.admission import Admission, Offload
 from services.gpu_worker.engine.attainment import Attainment
 from services.gpu_worker.engine.batch import Batch, Timing, Update
 from services.gpu_worker.engine.block_manager import BlockManager
+from services.gpu_worker.engine.lanes import NUM_LANES, Lanes
 from services.gpu_worker.engine.latency import LatencyModel
 from services.gpu_worker.engine.memory import MemoryAccount, cache_bytes, free_bytes, total_bytes
 from services.gpu_worker.engine.memory_watch import MemoryWatch
@@ -55,6 +56,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     num_threads: int = 0  # 0: all cores
+    lanes: bool = True  # two halves of a CPU's threads may work at once
     quantise: Literal["none", "int8", "int4"] = "none"  # the layers' linears; embedding and head stay dense
     int4_group_size: int = GROUP_SIZE  # inputs that share a scale
     block_size: int = 16
@@ -139,11 +141,15 @@ class Engine:
         self.admission = self._make_admission()
         self.admission.set_budget(config.finetune_bytes, free - self.cache.size_bytes, config.max_adapters)
         self.adapters = AdapterPool(config.max_adapters)
-        self.runner = ModelRunner(self.model, self.cache, self.adapters)
+        self.runner = ModelRunner(self.model, self.cache, self.adapters, self._make_lanes(device))
+        self.admission.num_lanes = NUM_LANES if self.runner.lanes else 1
         self.blocks = BlockManager(self.cache.num_blocks, config.block_size)
         policies = self.admission.usual_policies()
-        latency = self._make_latency(policies)
-        self.scheduler = Scheduler(config.scheduler, self.blocks, latency)
+        latency, lane_latency = self._make_latency(policies), None
+        if self.runner.lanes:
+            with self.runner.lanes.threads_of_one():
+                lane_latency = self._make_latency(policies)
+        self.scheduler = Scheduler(config.scheduler, self.blocks, latency, lane_latency)
         slack_ms = self.scheduler.slack_beside_decodes_ms(config.slos[DEFAULT_TIER].tpot_ms)
         self.admission.set_pace(policies, latency, config.scheduler.min_window, slack_ms)
         self._watch = MemoryWatch(weights, self.scheduler, self.runner.trainers, self.admission.can_move)
@@ -170,6 +176,11 @@ class Engine:
             dtype,
             device,
         )
+
+    def _make_lanes(self, device: torch.device) -> Lanes | None:
+        num_threads = torch.get_num_threads()
+        possible = device.type == "cpu" and num_threads >= NUM_LANES and self.group.size == 1
+        return Lanes(num_threads) if possible and self.config.lanes else None
 
     def _make_admission(self) -> Admission:
         config = self.config
@@ -221,15 +232,14 @@ class Engine:
         return self.runner.run(batch)
 
     def _learn(self, batch: Batch, timing: Timing) -> None:
+        latency = self.scheduler.latency if batch.num_lanes == 1 else self.scheduler.lane_latency
+        assert latency is not None
+        for lane, times in enumerate(timing.lanes):
+            works = [step.work for step in batch.backwards if step.lane == lane]
+            latency.observe(batch.forward_work(lane), times.forward_ms, works, times.backward_ms)
         share = sum((update.share for update in batch.updates), 0.0)
-        self.scheduler.latency.observe(
-            batch.forward_work,
-            timing.forward_ms,
-            [window.work for window in batch.backwards],
-            timing.backward_ms,
-            timing.optimizer_ms / share if share else 0.0,
-            share,
-        )
+        if share:
+            self.scheduler.latency.observe_update(timing.optimizer_ms / share)
 
     def _token_event(self, item: Progress) -> TokenEvent:
         sequence = item.sequence
@@ -420,7 +430,14 @@ class Engine:
         for dataset in filter(None, (training, validation)):
             dataset.check(self.model.config.vocab_size, longest)
         trainer = Trainer(
-            self.model, self.cache, job, training, validation, plan.policies, plan.num_host_layers
+            self.model,
+            self.cache,
+            job,
+            training,
+            validation,
+            plan.policies,
+            plan.num_host_layers,
+            self.admission.num_lanes,
         )
         job.num_update_parts = trainer.parameters.num_parts
         if checkpoint is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from services.gpu_worker.engine.batch import Batch, JobWindow, Update, window_work
@@ -44,11 +44,14 @@ class FinetuneScheduler:
     def is_starved(self) -> bool:
         return self._starved >= self._patience
 
-    def fill(self, batch: Batch, latency: LatencyModel, forced: bool) -> None:
-        """Up to the batch's limit; `forced`: a smallest piece of work at least."""
+    def fill(self, batch: Batch, latency: LatencyModel, update_ms: float, forced: bool) -> None:
+        """Up to the batch's limit; `forced`: a smallest piece of work at least. `latency` is that of a lane,
+        `update_ms` that of an optimizer step, which has no lanes."""
         window = self._window if self.pressure is Pressure.NONE else self._min_window
         forced = forced or self.is_starved
-        filling = _Filling(batch, latency, self._blocks, batch.limit_ms, window, self._min_window, forced)
+        filling = _Filling(
+            batch, latency, self._blocks, batch.limit_ms, update_ms, window, self._min_window, forced
+        )
         turns = self._by_turn()
         for tenant, jobs in turns.items():
             self._shares.charge(tenant, sum(map(filling.add, jobs)))
@@ -56,10 +59,11 @@ class FinetuneScheduler:
             self._shares.end_turn()  # who has no memory must not keep it
         self._starved = 0 if batch.has_finetuning else self._starved + 1
 
-    def fill_with_a_sequence(self, batch: Batch, latency: LatencyModel) -> None:
+    def fill_with_a_sequence(self, batch: Batch, latency: LatencyModel, update_ms: float) -> None:
         """What is left of one training sequence, and the update behind a step's last one, in one piece."""
         whole = max((job.max_tokens_in_flight for job in self.jobs), default=0)
-        filling = _Filling(batch, latency, self._blocks, math.inf, whole, whole, True)
+        grain = whole if batch.num_lanes == 1 else self._min_window
+        filling = _Filling(batch, latency, self._blocks, math.inf, update_ms, whole, grain, True)
         for tenant, jobs in self._by_turn().items():
             for job in jobs:
                 if not batch.has_finetuning:
@@ -75,15 +79,17 @@ class FinetuneScheduler:
 
 @dataclass(slots=True)
 class _Filling:
-    """Adds jobs' work to a batch as long as its predicted time is within `limit_ms`."""
+    """Adds jobs' work to a batch's lanes as long as each of them is predicted to end within `limit_ms`."""
 
     batch: Batch
     latency: LatencyModel
     blocks: JobBlocks
     limit_ms: float
+    update_ms: float
     window: int  # largest
     min_window: int
     forced: bool
+    ends_ms: list[float] = field(default_factory=list)  # of the batch's steps of the backward
 
     def add(self, job: FinetuneJob) -> float:
         """Returns tokens; those that only went forward, or only backward through some layers, count in part."""
@@ -98,23 +104,67 @@ class _Filling:
             self._add_update(job)
         return (job.served_tokens - before) * job.weight / (2 * job.num_layers)
 
+    @property
+    def _lanes_limit_ms(self) -> float:
+        return self.limit_ms - self.batch.updates_ms
+
+    # --- forward
+
     def _add_forward(self, job: FinetuneJob) -> None:
+        if self.batch.num_lanes > 1 and self.batch.backwards:
+            return  # it would run before them, and they would end later than they were placed for
         if job.position == 0 and not self.blocks.reserve(job):
             return
-        batch, latency, sequence, start = self.batch, self.latency, job.sequence, job.position
-        beside, evaluating = batch.forward_work, job.evaluating
-        others_ms = batch.predicted_ms - latency.forward_ms(beside)
-        left_ms = self.limit_ms - others_ms
+        sequence, evaluating, start = job.sequence, job.evaluating, job.position
+        beside = [self.batch.forward_work(lane) for lane in range(self.batch.num_lanes)]
+        alone_ms = [self.latency.forward_ms(work) for work in beside]
+
+        def end_ms(lane: int, start: int, size: int) -> float:
+            if not size:
+                return 0.0
+            fused_ms = self.latency.forward_ms(beside[lane] + window_work(sequence, start, start + size))
+            return self.batch.lanes_ms[lane] - alone_ms[lane] + fused_ms
 
         def fits(size: int) -> bool:
-            return latency.forward_ms(beside + window_work(sequence, start, start + size)) <= left_ms
+            first, second = self._share(size)
+            in_time = end_ms(-1, start, first) <= self._lanes_limit_ms
+            return in_time and end_ms(0, start + first, second) <= self._lanes_limit_ms
 
         size = self._forward_size(job.remaining_forward, fits)
-        if size:
-            window = job.next_forward(size)
-            job.complete(window)
-            batch.forwards.append(JobWindow(job, sequence, window, evaluating and not job.evaluating))
-            batch.predicted_ms = others_ms + latency.forward_ms(batch.forward_work)
+        for lane, part in zip((self.batch.num_lanes - 1, 0), self._share(size), strict=True):
+            if part:
+                self.batch.lanes_ms[lane] = end_ms(lane, job.position, part)
+                window = job.next_forward(part)
+                job.complete(window)
+                ends = evaluating and not job.evaluating
+                self.batch.forwards.append(JobWindow(job, sequence, window, ends, lane))
+
+    def _share(self, size: int) -> tuple[int, int]:
+        """Of a window's tokens those of the last lane, which are the first ones, and those of the other lane: so many
+        that both lanes end at about the same time, and neither's are too few."""
+        if self.batch.num_lanes == 1 or size < 2 * self.min_window:
+            return size, 0
+        ahead_ms = self.batch.lanes_ms[0] - self.batch.lanes_ms[1]
+        token_ms = self.latency.forward_ms(Work(window_tokens=size, loss_tokens=size)) / size
+        first = round((size + ahead_ms / token_ms) / 2 / self.min_window) * self.min_window
+        if first > size - self.min_window:
+            return size, 0
+        first = max(self.min_window, first)
+        return first, size - first
+
+    def _forward_size(self, remaining: int, fits: Callable[[int], bool]) -> int:
+        """The largest window that fits, in steps of the smallest; all that remains may be smaller or ragged."""
+        grain = self.min_window
+        most = min(remaining, self.window * self.batch.num_lanes)
+        if most < remaining:
+            most -= most % grain
+        if fits(most):
+            return most
+        if most <= grain or not fits(grain):
+            return min(most, grain) if self._is_forced else 0
+        return grain * largest(most // grain, lambda n: fits(n * grain))
+
+    # --- backward
 
     def _add_backwards(self, job: FinetuneJob) -> None:
         batch, latency, sequence = self.batch, self.latency, job.sequence
@@ -123,45 +173,48 @@ class _Filling:
         def cost_ms(start: int, end: int, is_first: bool) -> float:
             return latency.backward_ms(replace(window_work(sequence, start, end), is_first=is_first))
 
-        width = self._grid()
+        forwarded_ms = self._forwarded_ms(job)
+        width = self._grid(sequence.num_tokens)
+
+        def place(size: int) -> tuple[JobWindow, float]:
+            step, is_first = (
+                JobWindow(job, sequence, job.next_backward(size)),
+                job.layer == job.num_layers - 1,
+            )
+            return self._place(step, cost_ms(step.window.start, step.window.end, is_first), forwarded_ms)
+
         while job.phase is Phase.BACKWARD:
-            left_ms, end = self.limit_ms - batch.predicted_ms, job.position
-            is_first = job.layer == job.num_layers - 1
-
-            def fits(size: int, left_ms: float = left_ms, end: int = end, is_first: bool = is_first) -> bool:
-                return cost_ms(end - size, end, is_first) <= left_ms
-
-            size = self._backward_size(end, width, fits)
+            size = self._backward_size(
+                job.position, width, lambda size: place(size)[1] <= self._lanes_limit_ms
+            )
             if not size:
                 return
-            window = job.next_backward(size)
-            job.complete(window)
-            batch.backwards.append(JobWindow(job, sequence, window))
-            batch.predicted_ms += cost_ms(window.start, window.end, is_first)
+            step, end_ms = place(size)
+            job.complete(step.window)
+            batch.backwards.append(step)
+            batch.lanes_ms[step.lane] = end_ms
+            self.ends_ms.append(end_ms)
 
-    def _add_update(self, job: FinetuneJob) -> None:
-        """As many parts of the optimizer step as fit."""
-        batch, start = self.batch, job.updated_parts
-        part_ms = self.latency.optimizer_ms / job.num_update_parts
-        left_ms = self.limit_ms - batch.predicted_ms
-        end = start + largest(job.num_update_parts - start, lambda n: n * part_ms <= left_ms)
-        if end == start and self._is_forced:
-            end += 1
-        if end > start:
-            batch.updates.append(Update(job, start, end))
-            batch.predicted_ms += (end - start) * part_ms
+    def _forwarded_ms(self, job: FinetuneJob) -> float:
+        """When the windows that the batch has of this job will have gone forward, in all lanes."""
+        own = {work.lane for work in self.batch.forwards if work.job is job}
+        return max((self.latency.forward_ms(self.batch.forward_work(lane)) for lane in own), default=0.0)
 
-    def _forward_size(self, remaining: int, fits: Callable[[int], bool]) -> int:
-        """The largest window that fits, in steps of the smallest; all that remains may be smaller or ragged."""
-        grain = self.min_window
-        most = min(remaining, self.window)
-        if most < remaining:
-            most -= most % grain
-        if fits(most):
-            return most
-        if most <= grain or not fits(grain):
-            return min(most, grain) if self._is_forced else 0
-        return grain * largest(most // grain, lambda n: fits(n * grain))
+    def _place(self, step: JobWindow, cost_ms: float, earliest_ms: float) -> tuple[JobWindow, float]:
+        """In the lane where it ends first, and when that is; of two such lanes the busier one."""
+        lanes_ms = self.batch.lanes_ms
+        if len(lanes_ms) == 1:
+            return step, lanes_ms[0] + cost_ms
+        starts_ms = [max(busy_ms, earliest_ms) for busy_ms in lanes_ms]
+        seen = set[int]()
+        for earlier, end_ms in zip(reversed(self.batch.backwards), reversed(self.ends_ms), strict=True):
+            if earlier.lane not in seen and step.must_follow(earlier):
+                seen.add(earlier.lane)
+                starts_ms[1 - earlier.lane] = max(starts_ms[1 - earlier.lane], end_ms)
+                if len(seen) == len(lanes_ms):
+                    break
+        lane = min(range(len(lanes_ms)), key=lambda lane: (starts_ms[lane], -lanes_ms[lane]))
+        return replace(step, lane=lane), starts_ms[lane] + cost_ms
 
     def _backward_size(self, end: int, width: int, fits: Callable[[int], bool]) -> int:
         """Down to the next boundary of a grid of this width, or half of it, or a quarter.
@@ -175,14 +228,33 @@ class _Filling:
             width //= 2
         return 0
 
-    def _grid(self) -> int:
-        """The smallest window, doubled as long as several steps of that size fit into what is left."""
-        left_ms, width = self.limit_ms - self.batch.predicted_ms, self.min_window
+    def _grid(self, num_tokens: int) -> int:
+        """The smallest window, doubled as long as several steps of that size fit into what is left; of two lanes
+        each should have one in a layer."""
+        left_ms = sum(self._lanes_limit_ms - lane_ms for lane_ms in self.batch.lanes_ms)
+        width = self.min_window
         while 2 * width <= self.window:
             if STEPS * self.latency.backward_ms(Work(window_tokens=2 * width)) > left_ms:
                 break
             width *= 2
-        return width
+        if self.batch.num_lanes == 1:
+            return width
+        half = -(-num_tokens // (2 * self.min_window)) * self.min_window
+        return min(width, half)
+
+    # --- update
+
+    def _add_update(self, job: FinetuneJob) -> None:
+        """As many parts of the optimizer step as fit."""
+        batch, start = self.batch, job.updated_parts
+        part_ms = self.update_ms / job.num_update_parts
+        left_ms = self.limit_ms - batch.predicted_ms
+        end = start + largest(job.num_update_parts - start, lambda n: n * part_ms <= left_ms)
+        if end == start and self._is_forced:
+            end += 1
+        if end > start:
+            batch.updates.append(Update(job, start, end))
+            batch.updates_ms += (end - start) * part_ms
 
     @property
     def _is_forced(self) -> bool:

@@ -148,24 +148,20 @@ class LatencyModel:
         forward_ms: float,
         backwards: list[Work],
         backward_ms: float,
-        optimizer_ms: float,
-        num_steps: float = 0,
     ) -> None:
-        """Learns from one iteration; `optimizer_ms` is that of one of `num_steps` steps, which may be a part of one."""
+        """Learns from one iteration's windows, or one lane's."""
         fused_ms = self.table_forward_ms(forward)
         usual_ms = sum(self.table_backward_ms(work) for work in backwards if not work.is_first)
         first_ms = sum(self.table_backward_ms(work) for work in backwards if work.is_first)
-        correction, step_ms = self.forward_correction(forward), num_steps * self.optimizer_ms
+        correction = self.forward_correction(forward)
         self._accuracy.add(
             fused_ms * correction.level
             + usual_ms * self._backward.level
-            + first_ms * self._first_backward.level
-            + step_ms,
+            + first_ms * self._first_backward.level,
             fused_ms * correction.factor
             + usual_ms * self._backward.factor
-            + first_ms * self._first_backward.factor
-            + step_ms,
-            forward_ms + backward_ms + num_steps * optimizer_ms,
+            + first_ms * self._first_backward.factor,
+            forward_ms + backward_ms,
         )
         for other in (self._decodes, self._windows):
             other.observe(fused_ms if other is correction else 0.0, forward_ms)
@@ -173,13 +169,16 @@ class LatencyModel:
             self._first_backward.observe(first_ms, backward_ms - usual_ms * self._backward.level)
         else:
             self._backward.observe(usual_ms, backward_ms)
-        if num_steps:
-            self._observe_step(optimizer_ms)
 
-    def _observe_step(self, optimizer_ms: float) -> None:
-        """Part of the way to the last step's time, and no further than one disturbance should take it."""
+    def observe_update(self, optimizer_ms: float) -> None:
+        """Learns from what an optimizer step has taken, or would have: part of the way to that, and no further than
+        one disturbance should take it."""
         if optimizer_ms > 0 and self.optimizer_ms > 0:
             self.optimizer_ms *= min(2.0, max(0.5, optimizer_ms / self.optimizer_ms)) ** 0.3
+
+    def judge_with(self, other: LatencyModel) -> None:
+        """Both models' predictions are from now on judged as one's."""
+        self._accuracy = other._accuracy
 
     def errors(self) -> dict[str, Errors]:
         """Of the last iterations, and of the parts that are corrected each by itself."""

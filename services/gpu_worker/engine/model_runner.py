@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.compiler.programs import ForwardPrograms
-from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Sampled, Timing, Update
+from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, LaneTiming, Sampled, Timing, Update
+from services.gpu_worker.engine.lanes import Gate, Lanes, Progress
 from services.gpu_worker.engine.sampler import logprob_entry, sample
 from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, TrainingDiverged
@@ -54,10 +56,14 @@ class _Rows:
 
 
 class ModelRunner:
-    def __init__(self, model: Transformer, cache: KVCache, adapters: AdapterPool) -> None:
+    def __init__(
+        self, model: Transformer, cache: KVCache, adapters: AdapterPool, lanes: Lanes | None = None
+    ) -> None:
+        """Without `lanes` a batch has one."""
         self.model = model
         self.cache = cache
         self.adapters = adapters
+        self.lanes = lanes
         self.trainers: dict[str, Trainer] = {}
         self._programs = ForwardPrograms(model.weights.whole, model.weights.group.size)
 
@@ -73,25 +79,56 @@ class ModelRunner:
             self._guarded(parked.job.job_id, result, park)
         for job in batch.brought_back:
             self._guarded(job.job_id, result, self.trainers[job.job_id].bring_back)
-        self._synchronize()
         started = time.perf_counter()
-        if batch.decodes or batch.prompts or batch.forwards:
-            self._forward(batch, result)
-        self._synchronize()
-        forwarded = time.perf_counter()
-        for work in batch.backwards:
-            trainer = self._trainer(work)
-            self._guarded(work.job.job_id, result, partial(trainer.backward, work.window))
-        self._synchronize()
-        went_back = time.perf_counter()
+        forwards = self._begin(batch.forwards, result)
+        lanes = self._run_lanes(batch, forwards, result)
+        for work in forwards:
+            if work.ends_evaluation:
+                self._guarded(work.job.job_id, result, partial(self._report_evaluation, work, result))
+        windows_ms = (time.perf_counter() - started) * 1000
         for update in batch.updates:
             self._guarded(update.job.job_id, result, partial(self._update, update, result))
         self._synchronize()
-        ended = time.perf_counter()
-        result.timing = Timing(
-            (forwarded - started) * 1000, (went_back - forwarded) * 1000, (ended - went_back) * 1000
-        )
+        forward_ms, total_ms = lanes[0].forward_ms, (time.perf_counter() - started) * 1000
+        result.timing = Timing(forward_ms, windows_ms - forward_ms, total_ms - windows_ms, tuple(lanes))
         return result
+
+    # --- lanes
+
+    def _run_lanes(self, batch: Batch, forwards: list[JobWindow], result: RunResult) -> list[LaneTiming]:
+        timings, progress = [LaneTiming(0.0, 0.0)] * batch.num_lanes, Progress()
+
+        def run(lane: int) -> None:
+            timings[lane] = self._run_lane(lane, batch, forwards, progress, result)
+
+        if batch.num_lanes == 1:
+            run(0)
+        else:
+            assert self.lanes is not None
+            self.lanes.run(run, progress)
+        return timings
+
+    def _run_lane(
+        self, lane: int, batch: Batch, forwards: list[JobWindow], progress: Progress, result: RunResult
+    ) -> LaneTiming:
+        """The lane's forward, then its steps of the backward."""
+        self._synchronize()
+        started = time.perf_counter()
+        self._forward(lane, batch, forwards, progress, result)
+        progress.pass_layers(lane, math.inf)
+        self._synchronize()
+        forwarded, waited_s = time.perf_counter(), progress.waited_s[lane]
+        beside = {work.job.job_id for work in forwards if work.lane != lane}
+        for step, num_others in batch.backward_steps(lane):
+            if step.job.job_id in beside:
+                progress.wait_for_layers(lane, math.inf)
+            progress.wait_for_steps(lane, num_others)
+            self._guarded(step.job.job_id, result, partial(self._trainer(step).backward, step.window))
+            progress.pass_step(lane)
+        self._synchronize()
+        forward_s = forwarded - started - waited_s
+        backward_s = time.perf_counter() - forwarded - (progress.waited_s[lane] - waited_s)
+        return LaneTiming(forward_s * 1000, backward_s * 1000)
 
     def _guarded(self, job_id: str, result: RunResult, work: Callable[[], None]) -> None:
         if any(job_id == failed for failed, _ in result.failures):
@@ -102,6 +139,9 @@ class ModelRunner:
             if self.model.weights.group.size > 1 and not isinstance(error, TrainingDiverged):
                 raise  # this rank's alone, perhaps: the others would wait for it
             result.failures.append((job_id, error))
+
+    def _report_evaluation(self, work: JobWindow, result: RunResult) -> None:
+        result.reports.append((work.job.job_id, self._trainer(work).evaluation_report()))
 
     def _update(self, update: Update, result: RunResult) -> None:
         job_id = update.job.job_id
@@ -118,18 +158,28 @@ class ModelRunner:
 
     # --- the fused forward
 
-    def _forward(self, batch: Batch, result: RunResult) -> None:
-        rows = self._lay_out(batch, self._begin(batch.forwards, result))
+    def _forward(
+        self, lane: int, batch: Batch, forwards: list[JobWindow], progress: Progress, result: RunResult
+    ) -> None:
+        own = [work for work in forwards if work.lane == lane]
+        rows = self._lay_out(batch if lane == 0 else Batch(), own)
         if not (rows.forwards or rows.chunks):
             return
         entered = _entered_blocks(rows, self.cache.block_size)
         if entered:
             self.cache.clear(entered)
         tokens, context = self._context(rows)
+        beside = {work.job.job_id for work in forwards if work.lane != lane}
+        if beside.intersection(work.job.job_id for work in own):
+            context.gate = Gate(progress, lane, follows=lane == 0)
         hidden = self.model.forward(tokens, self.cache, context)
-        result.sampled = self._sample(rows, hidden)
+        if rows.chunks:
+            result.sampled = self._sample(rows, hidden)
         for work, span in rows.forwards:
-            finish = partial(self._finish_window, work, hidden[span], result)
+            trainer = self._trainer(work)
+            if lane == 0 and trainer.trains_head and work.job.job_id in beside:
+                progress.wait_for_layers(lane, math.inf)
+            finish = partial(trainer.finish_forward, work.window, hidden[span])
             self._guarded(work.job.job_id, result, finish)
         for chunk, span in rows.chunks:
             if chunk.sequence.sampling.prompt_logprobs is not None:
@@ -154,12 +204,6 @@ class ModelRunner:
                 self._guarded(work.job.job_id, result, begin)
         failed = {job_id for job_id, _ in result.failures}
         return [work for work in forwards if work.job.job_id not in failed]
-
-    def _finish_window(self, work: JobWindow, hidden: Tensor, result: RunResult) -> None:
-        trainer = self._trainer(work)
-        trainer.finish_forward(work.window, hidden)
-        if work.ends_evaluation:
-            result.reports.append((work.job.job_id, trainer.evaluation_report()))
 
     def _lay_out(self, batch: Batch, forwards: list[JobWindow]) -> _Rows:
         """Decodes are sorted by adapter, so that those who share one are one run of rows."""

@@ -53,10 +53,21 @@ class Progress:
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager, latency: LatencyModel) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        blocks: BlockManager,
+        latency: LatencyModel,
+        lane_latency: LatencyModel | None = None,
+    ) -> None:
+        """`lane_latency`: of one of two lanes, where the machine can be used so; requests are then in lane 0."""
         self.config = config
         self.blocks = blocks
         self.latency = latency
+        self.lane_latency = lane_latency
+        self._current = latency  # of the iteration in hand
+        if lane_latency:
+            lane_latency.judge_with(latency)
         self.waiting: list[Sequence] = []  # sorted by _urgency
         self.running: list[Sequence] = []
         self.num_preempted = 0  # sequences, since the start
@@ -101,21 +112,39 @@ class Scheduler:
     def schedule(self, now_s: float) -> Batch:
         decodes = [s for s in self.running if len(s.tokens) - s.num_computed_tokens == 1]
         limits = Limits.of(decodes, now_s, self.config.idle_ms, self.config.margin)
-        batch = Batch(limit_ms=limits.all_ms)
         has_requests = bool(self.running or self.waiting)
         turn = self._sharing.turn(has_requests, bool(self.jobs), limits.is_late)
+        batch = Batch(limit_ms=limits.all_ms)
+        trains = self.jobs and turn is not Turn.INFERENCE and self.finetuning.pressure < Pressure.PAUSED
+        uses_lanes = trains and self._have_lanes_time(turn, decodes, limits, now_s)
+        self._current = self.lane_latency if uses_lanes and self.lane_latency else self.latency
         if turn is not Turn.FINETUNING:
             self._schedule_decodes(batch, decodes, limits, now_s)
             self._schedule_prompts(batch, limits)
             self._schedule_waiting(batch, limits)
-        batch.predicted_ms = self.latency.forward_ms(batch.inference_work)
-        if self.jobs and self.finetuning.pressure < Pressure.PAUSED:
-            if turn is Turn.BOTH:
-                batch.limit_ms = min(batch.limit_ms, self._backlog_limit_ms(batch, now_s))
-                self.finetuning.fill(batch, self.latency, forced=not has_requests)
-            elif turn is Turn.FINETUNING:
-                self.finetuning.fill_with_a_sequence(batch, self.latency)
+        inference_ms = self._current.forward_ms(batch.inference_work)
+        batch.lanes_ms = [inference_ms, 0.0] if uses_lanes else [inference_ms]
+        if trains:
+            self._fill(batch, turn, has_requests, now_s)
+        if not batch.has_finetuning:
+            batch.lanes_ms = [self.latency.forward_ms(batch.inference_work)]
         return batch
+
+    def _have_lanes_time(self, turn: Turn, decodes: list[Sequence], limits: Limits, now_s: float) -> bool:
+        """Whether requests can do with one of two lanes."""
+        if self.lane_latency is None or turn is Turn.FINETUNING:
+            return self.lane_latency is not None
+        self._current = self.lane_latency
+        decodes_ms = self.lane_latency.forward_ms(decode_work(decodes))
+        return decodes_ms <= limits.all_ms and self._backlog_limit_ms(Batch(), now_s) > decodes_ms
+
+    def _fill(self, batch: Batch, turn: Turn, has_requests: bool, now_s: float) -> None:
+        update_ms = self.latency.optimizer_ms
+        if turn is Turn.FINETUNING:
+            self.finetuning.fill_with_a_sequence(batch, self._current, update_ms)
+        else:
+            batch.limit_ms = min(batch.limit_ms, self._backlog_limit_ms(batch, now_s))
+            self.finetuning.fill(batch, self._current, update_ms, forced=not has_requests)
 
     def update(self, batch: Batch, sampled: list[Sampled], now_s: float) -> list[Progress]:
         """Counts what was computed; returns the sequences that got a token or came to their end."""
@@ -151,7 +180,7 @@ class Scheduler:
         """How long the tokens [start, end) of a sequence take in pieces as large as an iteration takes them."""
         piece = self.config.max_num_batched_tokens
         starts = range(start, end, piece)
-        return sum(self.latency.forward_ms(chunk_work(a, min(piece, end - a))) for a in starts)
+        return sum(self._current.forward_ms(chunk_work(a, min(piece, end - a))) for a in starts)
 
     # --- inference
 
@@ -161,7 +190,7 @@ class Scheduler:
             decodes = sorted(decodes, key=Sequence.deadline_s)[: self.config.max_num_batched_tokens]
         batch.decodes = decodes
         others_ms = limits.by_rank[FLEX - 1]
-        if limits.is_mixed and self.latency.forward_ms(batch.inference_work) > others_ms:
+        if limits.is_mixed and self._current.forward_ms(batch.inference_work) > others_ms:
             self._hold_back_flexible(batch, others_ms, now_s)
         size = self.blocks.block_size
         for sequence in [s for s in batch.decodes if len(s.block_table) * size < len(s.tokens)]:
@@ -175,7 +204,7 @@ class Scheduler:
         flexible = sorted(waiting, key=Sequence.deadline_s)  # so that they take turns
         fitting = largest(
             len(flexible),
-            lambda n: self.latency.forward_ms(decode_work(urgent + flexible[:n])) <= limit_ms,
+            lambda n: self._current.forward_ms(decode_work(urgent + flexible[:n])) <= limit_ms,
         )
         for sequence in flexible[fitting:]:
             batch.drop(sequence)
@@ -204,7 +233,7 @@ class Scheduler:
         start = sequence.num_computed_tokens
         most = min(sequence.num_uncomputed_tokens, self._room(batch))
         beside, limit_ms = batch.inference_work, limits.by_rank[sequence.slo.rank]
-        fitting = largest(most, lambda n: self.latency.forward_ms(beside + chunk_work(start, n)) <= limit_ms)
+        fitting = largest(most, lambda n: self._current.forward_ms(beside + chunk_work(start, n)) <= limit_ms)
         least = max(0, self.config.min_prompt_tokens - beside.window_tokens)
         num_tokens = max(fitting, min(most, least))
         if num_tokens <= 0 or not self._grow(batch, sequence, start + num_tokens):

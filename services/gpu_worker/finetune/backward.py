@@ -25,17 +25,24 @@ from services.gpu_worker.model.parallel import ALONE, Group
 
 @dataclass(slots=True)
 class GradientState:
-    """Gradients in flight of a training sequence of up to T tokens."""
+    """Gradients in flight of a training sequence of up to T tokens, `depth` neighbouring layers of which may be
+    under way at a time."""
 
     dx: Tensor  # [T, D]: of the layer's output, overwritten by that of its input
-    dk: Tensor  # [G, T, E] of the rotated keys, summed over the windows done, float32
+    dk: Tensor  # [depth, G, T, E] of the rotated keys, summed over the windows done, float32
     dv: Tensor
 
     @classmethod
     def zeros(
-        cls, config: ModelConfig, num_tokens: int, dtype: torch.dtype, device: torch.device
+        cls,
+        config: ModelConfig,
+        num_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        depth: int = 1,
     ) -> GradientState:
-        shape, wide = (config.num_kv_heads, num_tokens, config.head_dim), accumulation_dtype(dtype)
+        shape = depth, config.num_kv_heads, num_tokens, config.head_dim
+        wide = accumulation_dtype(dtype)
         return cls(
             torch.zeros(num_tokens, config.hidden_size, dtype=dtype, device=device),
             torch.zeros(shape, dtype=wide, device=device),
@@ -43,16 +50,22 @@ class GradientState:
         )
 
     @staticmethod
-    def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-        return config.hidden_size * dtype.itemsize + 2 * config.kv_size * accumulation_dtype(dtype).itemsize
+    def bytes_per_token(config: ModelConfig, dtype: torch.dtype, depth: int = 1) -> int:
+        cached = 2 * config.kv_size * accumulation_dtype(dtype).itemsize
+        return config.hidden_size * dtype.itemsize + depth * cached
 
     @property
     def size_bytes(self) -> int:
         return self.dx.nbytes + self.dk.nbytes + self.dv.nbytes
 
-    def begin_layer(self) -> None:
-        self.dk.zero_()
-        self.dv.zero_()
+    def cached(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The layer's sums [G, T, E] over keys and values."""
+        index = layer % len(self.dk)
+        return self.dk[index], self.dv[index]
+
+    def begin_layer(self, layer: int) -> None:
+        for summed in self.cached(layer):
+            summed.zero_()
 
 
 @dataclass(slots=True)
@@ -90,17 +103,19 @@ class BackwardContext:
     def attend_backward(self, do: Tensor, q: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, None]:
         q_NHE = self._heads(q)
         dq = torch.empty_like(q_NHE)
+        dk_sum, dv_sum = self.state.cached(self.index)
         for part in self.window.parts:
             rows, keys = part.rows, part.keys
             dq[rows], dk, dv = window_attention_backward(
                 do[rows], q_NHE[rows], self.keys[:, keys], self.values[:, keys], o[rows], lse[rows], part.mask
             )
-            self.state.dk[:, keys] += dk
-            self.state.dv[:, keys] += dv
+            dk_sum[:, keys] += dk
+            dv_sum[:, keys] += dv
         return dq.flatten(1), None
 
     def cache_gradient(self) -> tuple[Tensor, Tensor]:
-        return self._own_rows(self.state.dk), self._own_rows(self.state.dv)
+        dk, dv = self.state.cached(self.index)
+        return self._own_rows(dk), self._own_rows(dv)
 
     def _own_rows(self, summed: Tensor) -> Tensor:
         return summed[:, self.tokens].transpose(0, 1).to(self.keys.dtype).flatten(1)

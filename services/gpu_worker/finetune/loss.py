@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,20 +13,26 @@ from services.gpu_worker.model.transformer import Transformer
 
 
 @dataclass(slots=True)
-class LossSum:
-    """Running sums over labelled tokens, on the device until somebody asks."""
+class WindowLoss:
+    """Of a window's labelled tokens, on the device until somebody asks."""
 
     loss: Tensor
     num_correct: Tensor
-    count: int = 0
+    count: int
 
-    @classmethod
-    def zero(cls, device: torch.device) -> LossSum:
-        return cls(torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device))
+
+@dataclass(slots=True)
+class LossSum:
+    """Sums over windows, each under a key: their order follows the keys, not which was computed first."""
+
+    windows: dict[tuple[int, int], WindowLoss] = field(default_factory=dict)
 
     def means(self) -> tuple[float, float]:
         """Mean loss and token accuracy."""
-        return float(self.loss) / self.count, float(self.num_correct) / self.count
+        windows = [self.windows[key] for key in sorted(self.windows)]
+        sums = torch.stack([torch.stack((w.loss.double(), w.num_correct.double())) for w in windows]).sum(0)
+        loss, num_correct = (sums / sum(w.count for w in windows)).tolist()
+        return loss, num_correct
 
 
 @torch.no_grad()
@@ -34,12 +40,11 @@ def window_loss(
     model: Transformer,
     hidden: Tensor,
     labels: Tensor,
-    total: LossSum,
     denominator: float,
     d_hidden: Tensor | None,
     low_rank: LowRankHead | None = None,
-) -> None:
-    """Adds a window's loss to `total` and writes the gradient of (sum of losses) / `denominator`.
+) -> WindowLoss | None:
+    """A window's loss, None where it has no labels; writes the gradient of (sum of losses) / `denominator`.
 
     `hidden` [n, D] as `Transformer.forward` returns it, `labels` int64 [n] with -100 for rows without one,
     which skip the head; `d_hidden` [n, D] is overwritten, or None for an evaluation. `low_rank` is the adapter's
@@ -49,7 +54,7 @@ def window_loss(
     if d_hidden is not None:
         d_hidden.zero_()
     if not len(rows):
-        return
+        return None
     chosen = hidden[rows]
     weights = model.weights
     result = linear_cross_entropy(
@@ -60,8 +65,6 @@ def window_loss(
         with_gradient=d_hidden is not None,
         low_rank=low_rank,
     )
-    total.loss = total.loss + result.loss_sum
-    total.num_correct = total.num_correct + result.num_correct
-    total.count += len(rows)
     if d_hidden is not None and result.dx is not None:
         d_hidden[rows] = rms_norm_backward(result.dx, chosen, weights.norm, weights.config.rms_norm_eps)
+    return WindowLoss(result.loss_sum, result.num_correct, len(rows))

@@ -121,8 +121,9 @@ class JobPlanner:
         config: JobConfig,
         training: Examples,
         validation: Examples | None,
+        num_lanes: int = 1,
     ) -> None:
-        self._compiled = compiled
+        self._compiled, self._num_lanes = compiled, num_lanes
         self._model, self._dtype = weights.config, weights.dtype
         self._parameters = parameter_bytes(weights, compiled.method, compiled.layout)
         held_out = validation.lengths if validation else []
@@ -183,7 +184,7 @@ class JobPlanner:
             self._parameters,
             activations=tokens * sum(kept[num_host_layers:]),
             host_activations=tokens * sum(kept[:num_host_layers]),
-            accumulators=tokens * GradientState.bytes_per_token(self._model, self._dtype),
+            accumulators=tokens * GradientState.bytes_per_token(self._model, self._dtype, self._num_lanes),
             windows=window_bytes(self._model, self._dtype, min(max_tokens, self._most_packed), self._longest),
         )
         return JobPlan(policies, max_tokens, num_host_layers, memory)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ class SequenceTensors:
         self.labels = self._on_device([labels for _, labels in examples])
         self.positions = self._on_device([np.arange(len(tokens)) for tokens, _ in examples])
         self._windows: dict[tuple[int, int], PagedWindow] = {}
+        self._lock = Lock()  # lanes ask for windows at once
         self._parked: Tensor | None = None  # keys and values, from KVCache.save
 
     def _on_device(self, arrays: list[np.ndarray]) -> Tensor:
@@ -54,11 +57,12 @@ class SequenceTensors:
         them are kept than a sequence that is cut once has.
         """
         key = window.start, window.end
-        if key not in self._windows:
-            while self._windows and not self._has_room(window.num_tokens):
-                del self._windows[next(iter(self._windows))]
-            self._windows[key] = self._make_paged(window, blocks)
-        return self._windows[key]
+        with self._lock:
+            if key not in self._windows:
+                while self._windows and not self._has_room(window.num_tokens):
+                    del self._windows[next(iter(self._windows))]
+                self._windows[key] = self._make_paged(window, blocks)
+            return self._windows[key]
 
     def _has_room(self, num_rows: int) -> bool:
         held = sum(end - start for start, end in self._windows)

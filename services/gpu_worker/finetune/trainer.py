@@ -64,21 +64,26 @@ class Trainer:
         validation: Dataset | None,
         policies: LayerPolicies,
         num_host_layers: int = 0,
+        num_lanes: int = 1,
     ) -> None:
+        """Up to `num_lanes` threads may call `finish_forward` and `backward` at once, as `engine/lanes.py` allows."""
         self.job = job
         self.policies = policies
         compiled = policies.compiled
         self.parameters = TrainableParameters(model.weights, compiled.method, job.config, compiled.layout)
         self.trained_tokens = 0
         self.skipped_steps = 0  # in a row
+        layers = range(model.config.num_layers) if compiled.trains_layers else ()
+        self._programs = [policies.program(layer) for layer in layers]
         self._norm: float | None = None  # of the gradient of the update in hand
         self._model, self._cache = model, cache
         self._training, self._validation = training, validation
         self._restarts = 0  # of the job, when its gradients were last dropped
-        self._num_host_layers = num_host_layers
+        self._num_host_layers, self._num_lanes = num_host_layers, num_lanes
         self._store: ActivationStore | None = None
         self._gradients: GradientState | None = None  # as large as the store
-        self._total = LossSum.zero(model.weights.device)
+        self._total = LossSum()
+        self._num_begun = 0  # sequences
         self._tensors: SequenceTensors | None = None
         self._dropout: Dropout | None = None
 
@@ -143,6 +148,7 @@ class Trainer:
             self._drop_step()
         dataset = self._validation if sequence.evaluation else self._training
         assert dataset is not None
+        self._num_begun += 1
         self._tensors = None  # before the next sequence's are made
         extra = num_virtual_tokens(self.method)
         self._tensors = SequenceTensors(sequence, dataset, extra, self._model.config, self._cache)
@@ -164,7 +170,7 @@ class Trainer:
         config, dtype = self._model.config, self._model.weights.dtype
         wide, reserve = accumulation_dtype(dtype), self.policies.reserve
         self._store = ActivationStore(reserve, num_tokens, dtype, wide, self.device, self._num_host_layers)
-        self._gradients = GradientState.zeros(config, num_tokens, dtype, self.device)
+        self._gradients = GradientState.zeros(config, num_tokens, dtype, self.device, self._num_lanes)
 
     def tokens(self, window: Window) -> Tensor:
         return self._flight.tokens[window.start : window.end]
@@ -208,7 +214,14 @@ class Trainer:
             d_hidden = self._gradients.dx[window.start : window.end]
         labels = self._flight.labels[window.start : window.end]
         denominator = 1.0 if evaluation else float(self.job.denominator)
-        window_loss(self._model, hidden, labels, self._total, denominator, d_hidden, self._head())
+        found = window_loss(self._model, hidden, labels, denominator, d_hidden, self._head())
+        if found is not None:
+            self._total.windows[self._num_begun, window.start] = found
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether windows' losses sum into the same gradients, which takes one after the other."""
+        return self._head() is not None
 
     def _head(self) -> LowRankHead | None:
         pair = self.parameters.weights.low_rank(HEAD)
@@ -224,7 +237,7 @@ class Trainer:
         """Replaces the gradient of the window's rows by that of the layer's input; adds to the parameters'."""
         assert window.layer is not None and self._gradients is not None
         if window.end == self._flight.sequence.num_tokens:
-            self._gradients.begin_layer()
+            self._gradients.begin_layer(window.layer)
         tokens = slice(window.start, window.end)
         paged, state = self.paged(window), self._gradients
         keys, values = self._cache.gather(window.layer, paged.pages, 1)
@@ -239,7 +252,7 @@ class Trainer:
             state,
             self._model.weights.group,
         )
-        dx = self.policies.program(window.layer)(
+        dx = self._programs[window.layer](
             state.dx[tokens],
             self._model.weights.layers[window.layer],
             context,
@@ -297,12 +310,11 @@ class Trainer:
         return StepReport(self.job.step, valid_loss=loss, valid_accuracy=accuracy)
 
     def _take_means(self) -> tuple[float, float]:
-        means = self._total.means()
-        self._total = LossSum.zero(self.device)
+        means, self._total = self._total.means(), LossSum()
         return means
 
     def _drop_step(self) -> None:
         """Forgets a step that the scheduler gave up: its gradients and its sums."""
         self._restarts = self.job.restarts
         self.parameters.grad.zero_()
-        self._total = LossSum.zero(self.device)
+        self._total = LossSum()

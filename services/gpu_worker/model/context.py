@@ -95,6 +95,16 @@ class AdapterRun:
         return self.dropout.mask(layer, group, tokens, x, self.weights.part_of_input(group))
 
 
+class LayerGate(Protocol):
+    """Keeps forwards that run at once in order."""
+
+    def enter(self, layer: int) -> None:
+        """Before the layer."""
+
+    def leave(self, layer: int) -> None:
+        """After it."""
+
+
 @dataclass(slots=True)
 class ForwardContext:
     """One fused forward over N rows."""
@@ -106,6 +116,7 @@ class ForwardContext:
     decode: PagedDecode | None = None
     adapters: list[AdapterRun] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
+    gate: LayerGate | None = None
 
 
 @dataclass(slots=True)

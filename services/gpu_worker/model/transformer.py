@@ -49,7 +49,11 @@ class Transformer:
         x = self._embed(tokens, batch.adapters)
         rotation = self.rotation(batch.positions)
         for index, weights in enumerate(self.weights.layers):
+            if batch.gate is not None:
+                batch.gate.enter(index)
             x = batch.program(x, weights, LayerContext(index, rotation, cache, batch, self.weights.group))
+            if batch.gate is not None:
+                batch.gate.leave(index)
         return x
 
     def _embed(self, tokens: Tensor, runs: Sequence[AdapterRun]) -> Tensor:

@@ -1,0 +1,112 @@
+"""Two threads that compute an iteration's parts at once, each with half of a CPU's cores.
+
+A decode reads all weights for a few rows, which one core does nearly as fast as two, and what lies between large
+products does not spread over cores at all. So a lane that serves and a lane that trains, or two that train, get
+more done than all cores on one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from threading import Condition
+
+import torch
+
+NUM_LANES = 2
+
+
+class Progress:
+    """How far each lane is in its forward, and how many steps of its backward are done."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._layers = [0.0] * NUM_LANES
+        self._steps = [0.0] * NUM_LANES
+        self.waited_s = [0.0] * NUM_LANES  # by each lane for the other
+
+    def pass_layers(self, lane: int, count: float) -> None:
+        """The lane's forward has gone through `count` layers; infinity once its losses are there, too."""
+        with self._changed:
+            self._layers[lane] = count
+            self._changed.notify()
+
+    def pass_step(self, lane: int) -> None:
+        with self._changed:
+            self._steps[lane] += 1
+            self._changed.notify()
+
+    def wait_for_layers(self, lane: int, count: float) -> None:
+        """Until the other lane's forward has gone through `count` layers."""
+        self._wait(lane, lambda: self._layers[1 - lane] >= count)
+
+    def wait_for_steps(self, lane: int, count: int) -> None:
+        """Until the other lane has done `count` steps."""
+        self._wait(lane, lambda: self._steps[1 - lane] >= count)
+
+    def close(self) -> None:
+        """Nobody waits any more: a lane has failed."""
+        with self._changed:
+            self._layers, self._steps = [math.inf] * NUM_LANES, [math.inf] * NUM_LANES
+            self._changed.notify()
+
+    def _wait(self, lane: int, is_done: Callable[[], bool]) -> None:
+        with self._changed:
+            if not is_done():
+                started = time.perf_counter()
+                self._changed.wait_for(is_done)
+                self.waited_s[lane] += time.perf_counter() - started
+
+
+class Gate:
+    """Lets one lane's forward follow the other's layer by layer: its rows read keys that the other's write."""
+
+    def __init__(self, progress: Progress, lane: int, follows: bool) -> None:
+        self._progress, self._lane, self._follows = progress, lane, follows
+
+    def enter(self, layer: int) -> None:
+        if self._follows:
+            self._progress.wait_for_layers(self._lane, layer + 1)
+
+    def leave(self, layer: int) -> None:
+        if not self._follows:
+            self._progress.pass_layers(self._lane, layer + 1)
+
+
+class Lanes:
+    """The second thread; the first is the caller's."""
+
+    def __init__(self, num_threads: int) -> None:
+        """`num_threads` of both lanes together, two or more."""
+        self._all, self.num_threads = num_threads, num_threads // NUM_LANES
+        self._beside = ThreadPoolExecutor(1, "lane", torch.set_num_threads, (self.num_threads,))
+
+    @contextmanager
+    def threads_of_one(self) -> Iterator[None]:
+        """What runs meanwhile has a lane's threads."""
+        torch.set_num_threads(self.num_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._all)
+
+    def run(self, work: Callable[[int], None], progress: Progress) -> None:
+        """`work(0)` here and `work(1)` beside it; raises what either raises, once both have ended."""
+
+        def run(lane: int) -> None:
+            try:
+                work(lane)
+            except BaseException:
+                progress.close()
+                raise
+
+        with self.threads_of_one():
+            beside = self._beside.submit(run, 1)
+            try:
+                run(0)
+            finally:
+                wait([beside])
+        beside.result()
