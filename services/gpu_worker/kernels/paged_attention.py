@@ -73,7 +73,7 @@ class PagedBatch:
             packed += (row, run.num_tokens, run.first_key, run.num_keys, starts[run.table])
             row += run.num_tokens
         flat = packed + [block for table in block_tables for block in table]
-        tensor = torch.tensor(flat, dtype=torch.int32).to(device)  # one transfer
+        tensor = _on_device(flat, device)  # one transfer
         columns = tensor[: len(packed)].view(-1, RUN_COLUMNS)
         return cls(tuple(runs), num_kv_heads, block_size, columns, tensor[len(packed) :])
 
@@ -85,12 +85,22 @@ class PagedBatch:
     def device(self) -> torch.device:
         return self.blocks.device
 
+    def on_device(self, numbers: list[int]) -> Tensor:
+        """int32, beside the blocks."""
+        return _on_device(numbers, self.device)
+
     def plan(self, key: Hashable, make: Callable[[], Plan]) -> Plan:
         """What a kernel works out once for all layers."""
         if key not in self._plans:
             self._plans[key] = make()
         found: Plan = self._plans[key]
         return found
+
+
+def _on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """int32; the host does not wait for the transfer."""
+    host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def paged_attention(q_NHE: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import triton
 from torch import Tensor
 
 from services.gpu_worker.kernels.paged_attention import PagedBatch, Run
@@ -84,7 +83,7 @@ class Shapes:
 
     @property
     def padded_dim(self) -> int:
-        return max(16, triton.next_power_of_2(self.head_dim))
+        return max(16, _power_of_2(self.head_dim))
 
     @property
     def scale(self) -> float:
@@ -107,7 +106,7 @@ class Shapes:
     @property
     def fewest_rows(self) -> int:
         """Of a tile: a product takes 16 or more, and one token's heads must fit."""
-        return max(16, triton.next_power_of_2(self.group))
+        return max(16, _power_of_2(self.group))
 
     def forward_forms(self) -> tuple[Form, Form]:
         """For runs that fit into one small tile, and for all others."""
@@ -122,7 +121,7 @@ class Shapes:
         """For the gradient of queries, and for that of keys and values."""
         rows = self.fewest_rows
         if self.dtype == torch.float32:
-            return Form(rows, 32, 8, 1), Form(rows, 32, 8, 1)
+            return Form(rows, 32, 8, 2), Form(rows, 32, 8, 2)
         if self.padded_dim > 128:
             return Form(32, 32, 8, 1), Form(32, 32, 8, 1)
         return Form(64, 64, 8, 2), Form(64, 64, 8, 2)
@@ -167,7 +166,7 @@ def query_tiles(batch: PagedBatch, group: int, form: Form, runs: list[int]) -> T
                 tiles.append((index, token, begin, stop, num_parts))
                 num_parts += 1
     tiles.sort(key=lambda columns: columns[2] - columns[3])
-    both = _on_device([*tiles, *merges], batch.device)
+    both = batch.on_device([i for columns in (*tiles, *merges) for i in columns])
     cut = len(tiles) * TILE_COLUMNS
     return Tiles(both[:cut].view(-1, TILE_COLUMNS), both[cut:].view(-1, MERGE_COLUMNS), num_parts)
 
@@ -179,14 +178,16 @@ def _tokens(run: Run, step: int) -> Iterator[tuple[int, int]]:
 
 
 def key_tiles(batch: PagedBatch, form: Form) -> Tensor:
-    """int32 [num_tiles, 2]: run, first key of a tile of keys; those that most queries see first."""
+    """int32 [num_tiles, 2]: run, first key of a tile of keys."""
     tiles = [
-        (index, key)
+        number
         for index, run in enumerate(batch.runs)
         for key in range(run.first_key, run.num_keys, form.keys)
+        for number in (index, key)
     ]
-    return _on_device(tiles, batch.device).view(-1, 2)
+    return batch.on_device(tiles).view(-1, 2)
 
 
-def _on_device(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
-    return torch.tensor([i for row in rows for i in row], dtype=torch.int32).to(device)
+def _power_of_2(number: int) -> int:
+    """The lowest one that is not below it."""
+    return 1 << (number - 1).bit_length()
