@@ -36,24 +36,38 @@ OF_MERGE = tl.constexpr(MERGE_COLUMNS)
 
 
 @triton.jit
-def tile_rows(runs, run, token, head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr):
-    """Of a tile from `token` of a run on: (its rows' index in [N * H], their position among the keys, whether
-    they are there at all)."""
+def load_run(runs, run):
+    """(First row, tokens, keys before the first of them, start of its block table)."""
     at = runs + run * OF_RUN
+    num_tokens = tl.load(at + 1)
+    return tl.load(at), num_tokens, tl.load(at + 3) - num_tokens, tl.load(at + 4)
+
+
+@triton.jit
+def tile_rows(
+    first_row, num_tokens, token, head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr
+):
+    """Of a tile from `token` of a run on: (its rows of [N * H], their tokens, whether they are there at all)."""
     i = tl.arange(0, BM)
     tokens = token + i // GROUP
-    num_tokens = tl.load(at + 1)
     valid = (tokens < num_tokens) & (i < BM // GROUP * GROUP)
-    rows = ((tl.load(at) + tokens).to(tl.int64) * KV_HEADS + head) * GROUP + i % GROUP
-    return rows, tl.load(at + 3) - num_tokens + tokens, valid
+    return ((first_row + tokens) * KV_HEADS + head) * GROUP + i % GROUP, tokens, valid
 
 
 @triton.jit
 def load_rows(x, rows, valid, stride, HEADS: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr):
     """[BM, E_PAD] of a tensor [N, H, E] whose tokens are `stride` apart."""
     d = tl.arange(0, E_PAD)
-    offsets = rows // HEADS * stride + rows % HEADS * E
+    offsets = (rows // HEADS).to(tl.int64) * stride + rows % HEADS * E
     return tl.load(x + offsets[:, None] + d[None, :], mask=valid[:, None] & (d < E)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(x, rows, valid, result, E: tl.constexpr, E_PAD: tl.constexpr):
+    """The inverse, into a tensor [N, H, E] in one piece."""
+    d = tl.arange(0, E_PAD)
+    at = x + rows.to(tl.int64)[:, None] * E + d[None, :]
+    tl.store(at, result.to(x.dtype.element_ty), mask=valid[:, None] & (d < E)[None, :])
 
 
 @triton.jit
@@ -143,34 +157,31 @@ def _forward(
     run, token = tl.load(at), tl.load(at + 1)
     begin, end, part = tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
     head = tl.program_id(1)
-    rows, positions, valid = tile_rows(runs, run, token, head, KV_HEADS, GROUP, BM)
+    first_row, num_tokens, before, table = load_run(runs, run)
+    rows, tokens, valid = tile_rows(first_row, num_tokens, token, head, KV_HEADS, GROUP, BM)
     tile_q = load_rows(q, rows, valid, q_stride, KV_HEADS * GROUP, E, E_PAD)
-    run_at = runs + run * OF_RUN
-    table = blocks + tl.load(run_at + 4)
     acc = tl.zeros((BM, E_PAD), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     # whole tiles of keys that every row sees need no mask
-    seen_by_all = tl.minimum(end, tl.load(run_at + 3) - tl.load(run_at + 1) + token + 1)
+    seen_by_all = tl.minimum(end, before + token + 1)
     middle = begin + tl.maximum(seen_by_all - begin, 0) // BN * BN
     acc, total, top = _attend(
-        acc, total, top, tile_q, keys, values, table, head, positions, begin, middle, scale,
+        acc, total, top, tile_q, keys, values, blocks + table, head, before + tokens, begin, middle, scale,
         False, KV_HEADS, BLOCK_SIZE, E, E_PAD, BN,
     )  # fmt: skip
     acc, total, top = _attend(
-        acc, total, top, tile_q, keys, values, table, head, positions, middle, end, scale,
+        acc, total, top, tile_q, keys, values, blocks + table, head, before + tokens, middle, end, scale,
         True, KV_HEADS, BLOCK_SIZE, E, E_PAD, BN,
     )  # fmt: skip
     result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     log2 = top + tl.log2(tl.where(total > 0.0, total, 1.0))
-    d = tl.arange(0, E_PAD)
-    wanted = valid[:, None] & (d < E)[None, :]
     if part < 0:
-        tl.store(out + rows[:, None] * E + d[None, :], result.to(out.dtype.element_ty), mask=wanted)
+        store_rows(out, rows, valid, result, E, E_PAD)
         tl.store(lse + rows, log2 * LN2, mask=valid)
     else:
-        own = (part * KV_HEADS + head).to(tl.int64) * BM + tl.arange(0, BM)
-        tl.store(part_out + own[:, None] * E + d[None, :], result, mask=wanted)
+        own = (part * KV_HEADS + head) * BM + tl.arange(0, BM)
+        store_rows(part_out, own, valid, result, E, E_PAD)
         tl.store(part_lse + own, log2, mask=valid)
 
 
@@ -191,25 +202,21 @@ def _merge(
     """The parts of one tile and key head, each weighted by what its keys weigh together."""
     at = merges + tl.program_id(0) * OF_MERGE
     head = tl.program_id(1)
-    rows, _, valid = tile_rows(runs, tl.load(at), tl.load(at + 1), head, KV_HEADS, GROUP, BM)
+    first_row, num_tokens, _, _ = load_run(runs, tl.load(at))
+    rows, _, valid = tile_rows(first_row, num_tokens, tl.load(at + 1), head, KV_HEADS, GROUP, BM)
     first, count = tl.load(at + 2), tl.load(at + 3)
-    d = tl.arange(0, E_PAD)
-    wanted = valid[:, None] & (d < E)[None, :]
     acc = tl.zeros((BM, E_PAD), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     for part in range(first, first + count):
-        own = (part * KV_HEADS + head).to(tl.int64) * BM + tl.arange(0, BM)
+        own = (part * KV_HEADS + head) * BM + tl.arange(0, BM)
         log2 = tl.load(part_lse + own, mask=valid, other=0.0)
         new_top = tl.maximum(top, log2)  # finite: every row sees the keys of the first part
         weight, shrink = tl.exp2(log2 - new_top), tl.exp2(top - new_top)
-        acc = acc * shrink[:, None] + weight[:, None] * tl.load(
-            part_out + own[:, None] * E + d[None, :], mask=wanted, other=0.0
-        )
+        acc = acc * shrink[:, None] + weight[:, None] * load_rows(part_out, own, valid, E, 1, E, E_PAD)
         total = total * shrink + weight
         top = new_top
-    result = acc / total[:, None]
-    tl.store(out + rows[:, None] * E + d[None, :], result.to(out.dtype.element_ty), mask=wanted)
+    store_rows(out, rows, valid, acc / total[:, None], E, E_PAD)
     tl.store(lse + rows, (top + tl.log2(total)) * LN2, mask=valid)
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from services.gpu_worker.kernels.paged_attention import PagedBatch
 from services.gpu_worker.kernels.triton.attention import (
-    OF_RUN,
     OF_TILE,
     load_keys,
     load_rows,
+    load_run,
+    store_rows,
     tile_rows,
 )
 from services.gpu_worker.kernels.triton.attention_tiles import (
@@ -112,27 +113,24 @@ def _query_gradient(
     at = tiles + tl.program_id(0) * OF_TILE
     run, token, begin, end = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     head = tl.program_id(1)
-    rows, positions, valid = tile_rows(runs, run, token, head, KV_HEADS, GROUP, BM)
+    first_row, num_tokens, before, table = load_run(runs, run)
+    rows, tokens, valid = tile_rows(first_row, num_tokens, token, head, KV_HEADS, GROUP, BM)
     tile_q = load_rows(q, rows, valid, q_stride, KV_HEADS * GROUP, E, E_PAD)
     do = load_rows(d_out, rows, valid, KV_HEADS * GROUP * E, KV_HEADS * GROUP, E, E_PAD)
     log2 = tl.load(lse + rows, mask=valid, other=float("inf")) * BASE2
     row_sums = tl.load(sums + rows, mask=valid, other=0.0)
-    run_at = runs + run * OF_RUN
-    table = blocks + tl.load(run_at + 4)
-    seen_by_all = tl.minimum(end, tl.load(run_at + 3) - tl.load(run_at + 1) + token + 1)
+    seen_by_all = tl.minimum(end, before + token + 1)
     middle = begin + tl.maximum(seen_by_all - begin, 0) // BN * BN
     tile_dq = tl.zeros((BM, E_PAD), tl.float32)
     tile_dq = _query_step(
-        tile_dq, tile_q, do, log2, row_sums, keys, values, table, head, positions, begin, middle,
-        scale * BASE2, False, KV_HEADS, BLOCK_SIZE, E, E_PAD, BN,
+        tile_dq, tile_q, do, log2, row_sums, keys, values, blocks + table, head, before + tokens,
+        begin, middle, scale * BASE2, False, KV_HEADS, BLOCK_SIZE, E, E_PAD, BN,
     )  # fmt: skip
     tile_dq = _query_step(
-        tile_dq, tile_q, do, log2, row_sums, keys, values, table, head, positions, middle, end,
-        scale * BASE2, True, KV_HEADS, BLOCK_SIZE, E, E_PAD, BN,
+        tile_dq, tile_q, do, log2, row_sums, keys, values, blocks + table, head, before + tokens,
+        middle, end, scale * BASE2, True, KV_HEADS, BLOCK_SIZE, E, E_PAD, BN,
     )  # fmt: skip
-    d = tl.arange(0, E_PAD)
-    result = (tile_dq * scale).to(dq.dtype.element_ty)
-    tl.store(dq + rows[:, None] * E + d[None, :], result, mask=valid[:, None] & (d < E)[None, :])
+    store_rows(dq, rows, valid, tile_dq * scale, E, E_PAD)
 
 
 @triton.jit
@@ -145,8 +143,8 @@ def _key_step(
     q,
     lse,
     sums,
-    runs,
-    run,
+    first_row,
+    num_tokens,
     head,
     places,
     begin,
@@ -160,14 +158,17 @@ def _key_step(
     E_PAD: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """dk, not yet divided by sqrt(E), and dv plus what the run's tokens [begin, end) contribute."""
+    """dk, not yet divided by sqrt(E), and dv plus what the run's tokens [begin, end) contribute.
+
+    `places` are those of the keys counted as the run's tokens are, negative before the first of them.
+    """
     for token in range(begin, end, BM // GROUP):
-        rows, positions, valid = tile_rows(runs, run, token, head, KV_HEADS, GROUP, BM)
+        rows, tokens, valid = tile_rows(first_row, num_tokens, token, head, KV_HEADS, GROUP, BM)
         tile_q = load_rows(q, rows, valid, q_stride, KV_HEADS * GROUP, E, E_PAD)
         log2 = tl.load(lse + rows, mask=valid, other=float("inf")) * BASE2  # no row, no probability
         probs = tl.exp2(dot(k, tl.trans(tile_q)) * scale - log2[None, :])
         if MASKED:
-            probs = tl.where(places[:, None] <= positions[None, :], probs, 0.0)
+            probs = tl.where(places[:, None] <= tokens[None, :], probs, 0.0)
         do = load_rows(d_out, rows, valid, KV_HEADS * GROUP * E, KV_HEADS * GROUP, E, E_PAD)
         dv += dot(probs.to(do.dtype), do)
         row_sums = tl.load(sums + rows, mask=valid, other=0.0)
@@ -204,27 +205,26 @@ def _key_gradient(
     at = tiles + tl.program_id(0) * 2
     run, first = tl.load(at), tl.load(at + 1)
     head = tl.program_id(1)
-    run_at = runs + run * OF_RUN
-    num_tokens, num_keys = tl.load(run_at + 1), tl.load(run_at + 3)
-    table = blocks + tl.load(run_at + 4)
+    first_row, num_tokens, before, table = load_run(runs, run)
     places = first + tl.arange(0, BN)
-    there = places < num_keys
-    k = load_keys(keys, table, head, places, there, KV_HEADS, BLOCK_SIZE, E, E_PAD)
-    v = load_keys(values, table, head, places, there, KV_HEADS, BLOCK_SIZE, E, E_PAD)
+    there = places < before + num_tokens
+    k = load_keys(keys, blocks + table, head, places, there, KV_HEADS, BLOCK_SIZE, E, E_PAD)
+    v = load_keys(values, blocks + table, head, places, there, KV_HEADS, BLOCK_SIZE, E, E_PAD)
     tile_dk = tl.zeros((BN, E_PAD), tl.float32)
     tile_dv = tl.zeros((BN, E_PAD), tl.float32)
     # tokens before `begin` see no key of the tile; those from `middle` on see all of them and need no mask
     STEP: tl.constexpr = BM // GROUP
-    before = num_keys - num_tokens
     begin = tl.maximum(first - before, 0)
     partly = tl.minimum(first + BN - 1 - before, num_tokens) - begin
     middle = begin + (tl.maximum(partly, 0) + STEP - 1) // STEP * STEP
     tile_dk, tile_dv = _key_step(
-        tile_dk, tile_dv, k, v, d_out, q, lse, sums, runs, run, head, places, begin, middle,
+        tile_dk, tile_dv, k, v, d_out, q, lse, sums, first_row, num_tokens, head, places - before,
+        begin, middle,
         q_stride, scale * BASE2, True, KV_HEADS, GROUP, E, E_PAD, BM,
     )  # fmt: skip
     tile_dk, tile_dv = _key_step(
-        tile_dk, tile_dv, k, v, d_out, q, lse, sums, runs, run, head, places, middle, num_tokens,
+        tile_dk, tile_dv, k, v, d_out, q, lse, sums, first_row, num_tokens, head, places - before,
+        middle, num_tokens,
         q_stride, scale * BASE2, False, KV_HEADS, GROUP, E, E_PAD, BM,
     )  # fmt: skip
     d = tl.arange(0, E_PAD)
