@@ -86,6 +86,18 @@ def test_a_row_of_several_blocks_is_one_row(ops: Any, fields: dict[str, Any], de
     assert found.tolist() == engine_tokens(logits, sequences)
 
 
+@pytest.mark.parametrize("room", [0, 24])
+def test_rows_with_more_likely_tokens_than_there_is_room_for_are_looked_at_whole(
+    room: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "CANDIDATES", room)
+    sequences = make_sequences([{"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 30, "top_p": 0.9}])
+    logits = Numbers(torch.float32, device)(len(sequences), 100, scale=3)
+    logits[:2, 20:] -= 30  # leaves 20 likely ones
+    found = kernels.sample_tokens(logits, make_rows(sequences, device))
+    assert found.tolist() == engine_tokens(logits, sequences)
+
+
 @both
 def test_seeds_of_all_64_bits_give_the_engines_numbers(ops: Any, device: torch.device) -> None:
     seeds = [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 0x123456789ABCDEF0]

@@ -2,8 +2,8 @@
 
 A row's filters leave a prefix of its tokens by falling probability, so all that the draw needs of them is the
 prefix's mass. Where the tokens in front reach some mass or number is found by halving the range of logits, 32
-times, each time summing the row anew: a program reads its row some hundred times, and most of a row of
-128k tokens from the cache. Nothing waits for the host. Masses are summed in float64.
+times, each time summing anew: over the likely tokens, which a first pass has put aside, where no filter reaches
+beyond them, and else over the row. Nothing waits for the host. Masses are summed in float64.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from services.gpu_worker.kernels.triton.configure import configure
 from services.gpu_worker.kernels.triton.rows import check_shape
 
 BLOCK = 4096  # tokens that a program looks at at a time
+CANDIDATES = 8192  # likely tokens of a row that there is room for
+LEAST = tl.constexpr(1e-7)  # of the most likely token's probability, for a likely one
 GREEDY_BELOW = tl.constexpr(sampling.GREEDY_BELOW)
 INFINITY = tl.constexpr(float("inf"))
 
@@ -62,6 +64,25 @@ def _sum_from(row, size, best, temperature, key, COUNT: tl.constexpr, BLOCK: tl.
         else:
             total += tl.where(chosen, weights, 0.0).to(tl.float64)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def _put_aside(
+    row, size, best, temperature, aside_ptr, ids_ptr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Copies the likely tokens' logits and ids, in their order. Returns their number, room or not, and mass."""
+    count = tl.full((), 0, tl.int32)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, size, BLOCK):
+        tokens, _keys, weights = _tile(row, start, size, best, temperature, BLOCK)
+        likely = weights >= LEAST
+        place = count + tl.cumsum(likely.to(tl.int32), 0) - 1
+        inside = likely & (place < CANDIDATES)
+        tl.store(aside_ptr + place, tl.load(row + tokens, mask=inside, other=0.0), mask=inside)
+        tl.store(ids_ptr + place, tokens, mask=inside)
+        count += tl.sum(likely.to(tl.int32), 0)
+        total += tl.where(likely, weights, 0.0).to(tl.float64)
+    return count, tl.sum(total, 0)
 
 
 @triton.jit
@@ -117,8 +138,9 @@ def _kept_mass(row, size, best, temperature, total, top_k, top_p, min_p, BLOCK: 
 
 
 @triton.jit
-def _walk_falling(row, size, best, temperature, target, fallback, BLOCK: tl.constexpr):
-    """The token at which the mass, by falling probability, passes the target. Equal ones stand by their number."""
+def _walk_falling(row, size, best, temperature, target, BLOCK: tl.constexpr):
+    """The token at which the mass, by falling probability, passes the target; -1 where rounding leaves none. Equal
+    ones stand by their number."""
     key, above, _upto = _reach(row, size, best, temperature, target, False, False, BLOCK)
     wanted = tl.floor((target - above) / _weight_of(key, best, temperature)).to(tl.int32)
     seen = tl.full((), 0, tl.int32)
@@ -129,7 +151,7 @@ def _walk_falling(row, size, best, temperature, target, fallback, BLOCK: tl.cons
         rank = seen + tl.cumsum(equal, 0) - 1
         found = tl.maximum(found, tl.max(tl.where((equal > 0) & (rank <= wanted), tokens, -1), 0))
         seen += tl.sum(equal, 0)
-    return tl.where(found < 0, fallback, found)
+    return found
 
 
 @triton.jit
@@ -155,8 +177,11 @@ def _sample_kernel(
     seed_ptr,
     position_ptr,
     tokens_ptr,
+    aside_ptr,
+    ids_ptr,
     size,
     logits_stride,
+    CANDIDATES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A row a program."""
@@ -177,8 +202,20 @@ def _sample_kernel(
         min_p = tl.load(min_p_ptr + program)
         draw = _uniform(tl.load(seed_ptr + program), tl.load(position_ptr + program))
         if (top_k > 0) | (top_p < 1) | (min_p > 0):
+            aside, ids = aside_ptr + program * CANDIDATES, ids_ptr + program * CANDIDATES
+            count, mass = _put_aside(row, size, best, temperature, aside, ids, CANDIDATES, BLOCK)
+            by_mass = (top_p < 1) & (mass > top_p.to(tl.float64) * total * (1 + 1e-9))
+            by_number = count > top_k
+            confined = by_number & ((top_k > 0) | by_mass | ((top_p >= 1) & (min_p >= LEAST)))
+            confined = confined & (count <= CANDIDATES)
+            if confined:
+                tl.debug_barrier()  # other threads read what this one has put aside
+                row, size = aside, count
             mass = _kept_mass(row, size, best, temperature, total, top_k, top_p, min_p, BLOCK)
-            token = _walk_falling(row, size, best, temperature, draw * mass, token, BLOCK)
+            drawn = _walk_falling(row, size, best, temperature, draw * mass, BLOCK)
+            if confined & (drawn >= 0):
+                drawn = tl.load(ids + drawn)
+            token = tl.where(drawn < 0, token, drawn)
         else:
             token = _walk(row, size, best, temperature, draw * total, token, BLOCK)
     tl.store(tokens_ptr + program, token.to(tl.int64))
@@ -196,7 +233,13 @@ def sample_tokens(logits: Tensor, rows: SamplingRows) -> Tensor:
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     block = min(BLOCK, max(16, triton.next_power_of_2(size)))
     if num_rows:
-        _sample_kernel[(num_rows,)](logits, *values, tokens, size, logits.stride(0), BLOCK=block, num_warps=8)
+        room = num_rows, CANDIDATES
+        aside = torch.empty(room, dtype=torch.float32, device=logits.device)
+        ids = torch.empty(room, dtype=torch.int32, device=logits.device)
+        _sample_kernel[(num_rows,)](
+            logits, *values, tokens, aside, ids, size, logits.stride(0),
+            CANDIDATES=CANDIDATES, BLOCK=block, num_warps=8,
+        )  # fmt: skip
     return tokens
 
 
@@ -204,12 +247,13 @@ CONFIGURATIONS = [
     configure(
         "sample_tokens",
         _sample_kernel,
-        {"BLOCK": BLOCK},
+        {"CANDIDATES": CANDIDATES, "BLOCK": BLOCK},
         torch.float32,
         num_warps=8,
         top_k_ptr=torch.int32,
         seed_ptr=torch.int64,
         position_ptr=torch.int64,
         tokens_ptr=torch.int64,
+        ids_ptr=torch.int32,
     )
 ]
