@@ -32,7 +32,7 @@ from services.gpu_worker.kernels.triton.attention_tiles import (
     key_tiles,
     query_tiles,
 )
-from services.gpu_worker.kernels.triton.common import Configuration, UnsupportedShape, dot, pointer
+from services.gpu_worker.kernels.triton.common import Configuration, dot, pointer
 
 BASE2 = tl.constexpr(LOG2E)
 ROWS = 16  # that one program of `_row_sums` takes
@@ -247,7 +247,7 @@ def paged_attention_backward(
 ) -> Tensor:
     """The twin of `paged_attention_backward` in kernels/paged_attention_backward.py. Raises UnsupportedShape."""
     shapes = Shapes.of(q_NHE, keys, values, batch)
-    _check_sums(dk_GTE, dv_GTE, batch, shapes)
+    shapes.check_sums(dk_GTE, dv_GTE, batch)
     n, h, e = q_NHE.shape
     d_out, out, lse = d_out.contiguous(), out.contiguous(), lse_NH.contiguous()
     sums = torch.empty_like(lse)
@@ -273,23 +273,6 @@ def _tiles(batch: PagedBatch, shapes: Shapes) -> tuple[Tiles, Tensor]:
     for_queries, for_keys = shapes.backward_forms()
     runs = list(range(len(batch.runs)))
     return query_tiles(batch, shapes.group, for_queries, runs), key_tiles(batch, for_keys)
-
-
-def _check_sums(dk: Tensor, dv: Tensor, batch: PagedBatch, shapes: Shapes) -> None:
-    num_tokens = max(run.num_keys for run in batch.runs)
-    for name, summed in (("dk", dk), ("dv", dv)):
-        g, t, e = summed.shape
-        if (
-            summed.dtype != torch.float32
-            or (g, e) != (shapes.num_kv_heads, shapes.head_dim)
-            or t < num_tokens
-        ):
-            raise UnsupportedShape(
-                f"{name} {list(summed.shape)} {summed.dtype} is no float32 sum over {shapes.num_kv_heads} heads "
-                f"of {shapes.head_dim} and at least {num_tokens} tokens"
-            )
-        if summed.stride() != (dk.stride(0), e, 1):
-            raise UnsupportedShape(f"{name}: a head's tokens must lie in one piece, not at {summed.stride()}")
 
 
 def _configurations() -> Iterator[Configuration]:

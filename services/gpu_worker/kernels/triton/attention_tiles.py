@@ -77,6 +77,20 @@ class Shapes:
             raise UnsupportedShape(f"a row's heads and the cache must each lie in one piece: {said}")
         return cls(q_NHE.dtype, batch.num_kv_heads, h // batch.num_kv_heads, batch.block_size, e)
 
+    def check_sums(self, dk: Tensor, dv: Tensor, batch: PagedBatch) -> None:
+        """Raises UnsupportedShape for sums over keys and values that the batch's gradients do not fit."""
+        num_tokens = max(run.num_keys for run in batch.runs)
+        for name, summed in (("dk", dk), ("dv", dv)):
+            g, t, e = summed.shape
+            said = f"{name} {list(summed.shape)} {summed.dtype} at {list(summed.stride())}"
+            if (summed.dtype, g, e) != (torch.float32, self.num_kv_heads, self.head_dim) or t < num_tokens:
+                raise UnsupportedShape(
+                    f"{said} is no float32 sum over {self.num_kv_heads} heads of {self.head_dim} and at least "
+                    f"{num_tokens} tokens"
+                )
+            if summed.stride() != (dk.stride(0), e, 1):
+                raise UnsupportedShape(f"{said}: each head's tokens must lie in one piece")
+
     @property
     def name(self) -> str:
         return f"{TYPES[self.dtype]} {self.group}x{self.num_kv_heads} heads of {self.head_dim}"
