@@ -36,7 +36,7 @@ DECODES, LONG, LONG_PROMPTS, BETWEEN = (
     3,
     16,
 )  # sequences, tokens, prompts, iterations between two of them
-SMALL, SMALL_PROMPT, SMALL_ANSWER = 20, 24, 24  # requests, tokens, tokens
+SMALL, SMALL_PROMPT, SMALL_ANSWER = 20, 16, 32  # requests, tokens, tokens
 BLOCK_SIZE = 16
 NEVER_TIGHT = SLO(tpot_ms=1e6, ttft_ms=1e6)
 console = Console(width=110)
