@@ -1,9 +1,9 @@
 """How well iteration times are predicted: `python -m benchmarks.latency`.
 
 The engine serves a scripted mix: requests alone, a job alone, then both, under three service levels, so that windows
-of all sizes come up; every third request has an adapter. The time of each iteration is compared with what the
-table from start-up says, with the table corrected by the iterations before, and with the plan, which adds a
-margin.
+of all sizes come up; every third request has an adapter. The time that each lane computes in an iteration is compared
+with what the table from start-up says, with the table corrected by the iterations before, and with the plan, which
+adds a margin; whole iterations, in which lanes wait for each other, with the plan alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -42,7 +43,9 @@ console = Console()
 
 
 @dataclass(frozen=True, slots=True)
-class Iteration:
+class Part:
+    """Of an iteration what one lane computes, of one lane all but updates."""
+
     kind: str
     table_ms: float
     corrected_ms: float
@@ -64,7 +67,7 @@ class Summary:
     exceeded: float = field(default=0.0)
 
     @classmethod
-    def of(cls, found: list[Iteration]) -> Summary:
+    def of(cls, found: list[Part]) -> Summary:
         table = sorted(abs(i.actual_ms / i.table_ms - 1) for i in found)
         corrected = sorted(abs(i.actual_ms / i.corrected_ms - 1) for i in found)
         middle, high = (len(found) - 1) // 2, math.ceil(0.95 * len(found)) - 1
@@ -87,34 +90,39 @@ class WatchedEngine(Engine):
         started = time.perf_counter()
         super().__init__(config)
         self.start_s = time.perf_counter() - started
-        self.iterations: list[Iteration] = []
+        self.parts: list[Part] = []
+        self.plans: list[tuple[float, float]] = []  # planned, actual milliseconds of iterations
 
     def _learn(self, batch: Batch, timing: Timing) -> None:
-        latency, forward = self.scheduler.latency, batch.forward_work
-        backwards = [window.work for window in batch.backwards]
-        step_ms = latency.optimizer_ms * sum(update.share for update in batch.updates)
-        fused_ms, back_ms = latency.table_forward_ms(forward), sum(map(latency.table_backward_ms, backwards))
-        fused = latency.forward_correction(forward)
-        self.iterations.append(
-            Iteration(
-                kind_of(batch),
-                fused_ms + back_ms + step_ms,
-                fused_ms * fused.level + back_ms * latency.backward_correction.level + step_ms,
-                fused_ms * fused.factor + back_ms * latency.backward_correction.factor + step_ms,
-                timing.total_ms,
+        latency = self.scheduler.latency if batch.num_lanes == 1 else self.scheduler.lane_latency
+        assert latency is not None
+        for lane, times in enumerate(timing.lanes):
+            forward = batch.forward_work(lane)
+            fused, back = latency.forward_correction(forward), latency.backward_correction
+            fused_ms = latency.table_forward_ms(forward)
+            back_ms = sum(latency.table_backward_ms(s.work) for s in batch.backwards if s.lane == lane)
+            self.parts.append(
+                Part(
+                    kind_of(batch, lane),
+                    fused_ms + back_ms,
+                    fused_ms * fused.level + back_ms * back.level,
+                    fused_ms * fused.factor + back_ms * back.factor,
+                    times.forward_ms + times.backward_ms,
+                )
             )
-        )
+        self.plans.append((batch.predicted_ms, timing.total_ms))
         super()._learn(batch, timing)
 
 
-def kind_of(batch: Batch) -> str:
+def kind_of(batch: Batch, lane: int) -> str:
     parts = {
-        "decode": batch.decodes,
-        "prompt": batch.prompts,
-        "window": batch.forwards,
-        "backward": batch.backwards or batch.updates,
+        "decode": lane == 0 and batch.decodes,
+        "prompt": lane == 0 and batch.prompts,
+        "window": [work for work in batch.forwards if work.lane == lane],
+        "backward": [work for work in batch.backwards if work.lane == lane],
     }
-    return " + ".join(name for name, found in parts.items() if found)
+    names = " + ".join(name for name, found in parts.items() if found)
+    return f"{names}, one of two lanes" if names and batch.num_lanes > 1 else names
 
 
 @dataclass(slots=True)
@@ -176,7 +184,8 @@ def measure(model: Path, threads: int, seconds: float) -> dict[str, Any]:
     for name in [sequence.request_id for sequence in (*engine.scheduler.running, *engine.scheduler.waiting)]:
         engine.abort(name)
     script.run(seconds / 4, requests=False)
-    kinds = sorted({iteration.kind for iteration in engine.iterations} - {""})
+    kinds = sorted({part.kind for part in engine.parts} - {""})
+    off = sorted(abs(actual_ms / planned_ms - 1) for planned_ms, actual_ms in engine.plans)
     return {
         "model": model.name,
         "dtype": str(engine.model.weights.dtype).removeprefix("torch."),
@@ -184,8 +193,14 @@ def measure(model: Path, threads: int, seconds: float) -> dict[str, Any]:
         "load_average": {"before": load, "after": os.getloadavg()[0]},
         "busy": load > 1.0,  # others computed at the same time: the figures are theirs as well
         "start_s": {"measured": first_s, "kept": engine.start_s},
-        "all": asdict(Summary.of([i for i in engine.iterations if i.kind])),
-        "kinds": {k: asdict(Summary.of([i for i in engine.iterations if i.kind == k])) for k in kinds},
+        "all": asdict(Summary.of([part for part in engine.parts if part.kind])),
+        "kinds": {k: asdict(Summary.of([part for part in engine.parts if part.kind == k])) for k in kinds},
+        "plans": {
+            "iterations": len(off),
+            "p50": off[len(off) // 2],
+            "p95": off[int(0.95 * len(off))],
+            "exceeded": statistics.mean(actual_ms > planned_ms for planned_ms, actual_ms in engine.plans),
+        },
         "parts": {part: asdict(errors) for part, errors in engine.scheduler.latency.errors().items()},
     }
 
@@ -200,6 +215,11 @@ def show(results: dict[str, Any]) -> None:
         margin, exceeded = f"{found['margin']:.2f}", f"{found['exceeded']:.1%}"
         table.add_row(kind, str(found["iterations"]), f"{found['mean_ms']:.1f}", *shares, margin, exceeded)
     console.print(table)
+    plans = results["plans"]
+    console.print(
+        f"{plans['iterations']} whole iterations beside their plans: {plans['p50']:.1%} off at the median, "
+        f"{plans['p95']:.1%} at p95; {plans['exceeded']:.1%} took longer"
+    )
     load, start = results["load_average"], results["start_s"]
     busy = ": the machine was busy, and the figures are worse for it" if results["busy"] else ""
     console.print(f"load average {load['before']:.1f} before, {load['after']:.1f} after{busy}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -29,9 +29,18 @@ class Load:
     sequences: int
     jobs: int
     prompts: bool = False  # one of eight sequences ends and another comes in its place
+    lanes: bool = False  # of a CPU
 
 
-LOADS = (Load(16, 1), Load(64, 4), Load(256, 0), Load(256, 8), Load(256, 8, prompts=True))
+LOADS = (
+    Load(16, 1),
+    Load(64, 4),
+    Load(256, 0),
+    Load(256, 8),
+    Load(256, 8, prompts=True),
+    Load(16, 1, lanes=True),
+    Load(256, 8, lanes=True),
+)
 
 
 def make_scheduler(load: Load) -> Scheduler:
@@ -48,7 +57,7 @@ def make_scheduler(load: Load) -> Scheduler:
     limits = SchedulerConfig(
         max_num_seqs=load.sequences, max_num_batched_tokens=2048, max_model_len=8192, finetune_window=1024
     )
-    return Scheduler(limits, BlockManager(100_000, 16), latency)
+    return Scheduler(limits, BlockManager(100_000, 16), latency, replace(latency) if load.lanes else None)
 
 
 def make_sequence(number: int, now_s: float, output: int) -> Sequence:
@@ -99,14 +108,15 @@ def measure(load: Load) -> dict[str, float]:
 def main() -> None:
     gc.freeze()
     table = Table(title="Scheduler, microseconds")
-    for column in ("sequences", "jobs", "prompts come", "decision p50", "p99", "update p50"):
+    for column in ("sequences", "jobs", "prompts come", "lanes", "decision p50", "p99", "update p50"):
         table.add_column(column, justify="right")
     loads: list[dict[str, Any]] = []
     for load in LOADS:
         found = measure(load)
-        loads.append({"sequences": load.sequences, "jobs": load.jobs, "prompts_come": load.prompts, **found})
+        loads.append({**asdict(load), **found})
         numbers = [f"{value:.0f}" for value in found.values()]
-        table.add_row(str(load.sequences), str(load.jobs), "yes" if load.prompts else "", *numbers)
+        flags = ("yes" if flag else "" for flag in (load.prompts, load.lanes))
+        table.add_row(str(load.sequences), str(load.jobs), *flags, *numbers)
     console = Console()
     console.print(table)
     console.print(f"saved to {save('scheduler', {'loads': loads})}")

@@ -19,11 +19,10 @@ ARRIVAL_S = 10.0
 
 def make_sequence(token_times_s: list[float], tier: str = DEFAULT_TIER, num_resumed: int = 0) -> Sequence:
     """A prompt of one token, `num_resumed` of another worker's, and one at each of the times after arrival."""
-    sequence = Sequence("r", [0] * (1 + num_resumed + len(token_times_s)), 1, tier=tier, slo=SLOS[tier])
-    sequence.num_resumed_tokens, sequence.arrival_s = num_resumed, ARRIVAL_S
-    if token_times_s:
-        sequence.first_token_s = ARRIVAL_S + token_times_s[0]
-        sequence.last_token_s = ARRIVAL_S + token_times_s[-1]
+    resumed = {"num_resumed_tokens": num_resumed, "arrival_s": ARRIVAL_S}
+    sequence = Sequence("r", [0] * (1 + num_resumed), 1, tier=tier, slo=SLOS[tier], **resumed)  # type: ignore[arg-type]
+    for time_s in token_times_s:
+        sequence.append(0, ARRIVAL_S + time_s)
     return sequence
 
 

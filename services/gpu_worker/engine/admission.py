@@ -49,8 +49,8 @@ class Admission:
     max_tokens: int  # of a training sequence
     max_rank: int
     offload: Offload
-    num_lanes: int = 1  # of a job that may work at once
     activation_bytes: int = 0  # that one job aims at; 0: its part of the budget
+    num_lanes: int = 1  # that may work on a job at once
     budget: int = 0  # bytes of the device
     step_flops: float = math.inf  # of a token in one layer's backward, that the service level has time for
     is_full: bool = False  # a job did not fit beside those that are here; until one of them leaves

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from services.gpu_worker.engine.latency import Work
 from services.gpu_worker.engine.sequence import Logprob, Sequence
@@ -40,8 +40,8 @@ class JobWindow:
 
     @property
     def work(self) -> Work:
-        work = window_work(self.sequence, self.window.start, self.window.end)
-        return replace(work, is_first=self.window.layer == self.job.num_layers - 1)
+        is_first = self.window.layer == self.job.num_layers - 1
+        return window_work(self.sequence, self.window.start, self.window.end, is_first)
 
     def must_follow(self, earlier: JobWindow) -> bool:
         """Of two steps of a batch's backward: whether this one has to wait for the earlier one to end.
@@ -89,10 +89,11 @@ def decode_work(sequences: list[Sequence]) -> Work:
     return Work(decodes=len(keys), keys=sum(keys), longest=max(keys, default=0))
 
 
-def window_work(sequence: TrainingSequence, start: int, end: int) -> Work:
+def window_work(sequence: TrainingSequence, start: int, end: int, is_first: bool = False) -> Work:
+    """`is_first`: of a backward, through the layer that it begins with."""
     num_tokens = end - start
     pairs = sequence.num_pairs(start, end)
-    return Work(window_tokens=num_tokens, pairs=pairs, loss_tokens=num_tokens)
+    return Work(window_tokens=num_tokens, pairs=pairs, loss_tokens=num_tokens, is_first=is_first)
 
 
 @dataclass(slots=True)

@@ -138,11 +138,10 @@ class Engine:
         ranks_beside = group.size if device.type == "cpu" else 1  # in the same memory
         free = group.least(free_bytes(device) // ranks_beside)
         self.cache = self._make_cache(device, free)
-        self.admission = self._make_admission()
-        self.admission.set_budget(config.finetune_bytes, free - self.cache.size_bytes, config.max_adapters)
         self.adapters = AdapterPool(config.max_adapters)
         self.runner = ModelRunner(self.model, self.cache, self.adapters, self._make_lanes(device))
-        self.admission.num_lanes = NUM_LANES if self.runner.lanes else 1
+        self.admission = self._make_admission()
+        self.admission.set_budget(config.finetune_bytes, free - self.cache.size_bytes, config.max_adapters)
         self.blocks = BlockManager(self.cache.num_blocks, config.block_size)
         policies = self.admission.usual_policies()
         latency, lane_latency = self._make_latency(policies), None
@@ -179,7 +178,7 @@ class Engine:
 
     def _make_lanes(self, device: torch.device) -> Lanes | None:
         num_threads = torch.get_num_threads()
-        possible = device.type == "cpu" and num_threads >= NUM_LANES and self.group.size == 1
+        possible = device.type == "cpu" and num_threads % NUM_LANES == 0 and self.group.size == 1
         return Lanes(num_threads) if possible and self.config.lanes else None
 
     def _make_admission(self) -> Admission:
@@ -191,6 +190,7 @@ class Engine:
             config.max_lora_rank,
             config.offload_activations,
             config.activation_bytes,
+            NUM_LANES if self.runner.lanes else 1,
         )
 
     def _make_latency(self, policies: LayerPolicies) -> LatencyModel:

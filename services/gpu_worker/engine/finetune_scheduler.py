@@ -90,10 +90,14 @@ class _Filling:
     min_window: int
     forced: bool
     ends_ms: list[float] = field(default_factory=list)  # of the batch's steps of the backward
+    least_ms: float = field(init=False)  # of a smallest step
+
+    def __post_init__(self) -> None:
+        self.least_ms = self.latency.backward_ms(Work(window_tokens=self.min_window))
 
     def add(self, job: FinetuneJob) -> float:
         """Returns tokens; those that only went forward, or only backward through some layers, count in part."""
-        if job.parked and not self.blocks.bring_back(job, self.batch):
+        if self._is_full or (job.parked and not self.blocks.bring_back(job, self.batch)):
             return 0.0
         before = job.served_tokens
         if job.phase is Phase.FORWARD:
@@ -103,6 +107,13 @@ class _Filling:
         if job.phase is Phase.OPTIMIZER:
             self._add_update(job)
         return (job.served_tokens - before) * job.weight / (2 * job.num_layers)
+
+    @property
+    def _is_full(self) -> bool:
+        """There is no time for half of a smallest step. Most jobs find it so, and should not take long to."""
+        if self._is_forced:
+            return False
+        return self._lanes_limit_ms - min(self.batch.lanes_ms) < self.least_ms / 2
 
     @property
     def _lanes_limit_ms(self) -> float:
@@ -171,7 +182,7 @@ class _Filling:
 
         @cache  # layer after layer has the same windows
         def cost_ms(start: int, end: int, is_first: bool) -> float:
-            return latency.backward_ms(replace(window_work(sequence, start, end), is_first=is_first))
+            return latency.backward_ms(window_work(sequence, start, end, is_first))
 
         forwarded_ms = self._forwarded_ms(job)
         width = self._grid(sequence.num_tokens)

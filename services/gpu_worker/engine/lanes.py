@@ -80,7 +80,7 @@ class Lanes:
     """The second thread; the first is the caller's."""
 
     def __init__(self, num_threads: int) -> None:
-        """`num_threads` of both lanes together, two or more."""
+        """`num_threads` of both lanes together, as many for each."""
         self._all, self.num_threads = num_threads, num_threads // NUM_LANES
         self._beside = ThreadPoolExecutor(1, "lane", torch.set_num_threads, (self.num_threads,))
 

@@ -26,7 +26,7 @@ class Limits:
         """`idle_ms` bounds all of them; of the time that is left `margin` is planned for."""
         due_s = [math.inf] * NUM_RANKS
         for sequence in decodes:
-            at_s, rank = sequence.deadline_s(), sequence.slo.rank
+            at_s, rank = sequence.deadline_s, sequence.slo.rank
             if at_s < due_s[rank]:
                 due_s[rank] = at_s
         earliest = [min(due_s[: rank + 1]) for rank in range(NUM_RANKS)]

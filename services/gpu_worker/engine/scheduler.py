@@ -110,7 +110,7 @@ class Scheduler:
     # --- one iteration
 
     def schedule(self, now_s: float) -> Batch:
-        decodes = [s for s in self.running if len(s.tokens) - s.num_computed_tokens == 1]
+        decodes = [s for s in self.running if len(s.tokens) == s.num_computed_tokens + 1]
         limits = Limits.of(decodes, now_s, self.config.idle_ms, self.config.margin)
         has_requests = bool(self.running or self.waiting)
         turn = self._sharing.turn(has_requests, bool(self.jobs), limits.is_late)
@@ -173,7 +173,7 @@ class Scheduler:
         for sequence in islice(chain(self._prompts(), self.waiting), BACKLOG):
             done = sequence.num_computed_tokens + scheduled.get(id(sequence), 0)
             backlog_ms += self._prompt_ms(done, sequence.num_tokens)
-            limit_ms = min(limit_ms, (sequence.deadline_s() - now_s) * 1000 - backlog_ms)
+            limit_ms = min(limit_ms, (sequence.deadline_s - now_s) * 1000 - backlog_ms)
         return self.config.margin * max(0.0, limit_ms)
 
     def _prompt_ms(self, start: int, end: int) -> float:
@@ -187,7 +187,7 @@ class Scheduler:
     def _schedule_decodes(self, batch: Batch, decodes: list[Sequence], limits: Limits, now_s: float) -> None:
         """One token of each; of flexible ones, while they have time, no more than leave the others in time."""
         if len(decodes) > self.config.max_num_batched_tokens:
-            decodes = sorted(decodes, key=Sequence.deadline_s)[: self.config.max_num_batched_tokens]
+            decodes = sorted(decodes, key=_deadline)[: self.config.max_num_batched_tokens]
         batch.decodes = decodes
         others_ms = limits.by_rank[FLEX - 1]
         if limits.is_mixed and self._current.forward_ms(batch.inference_work) > others_ms:
@@ -199,9 +199,9 @@ class Scheduler:
 
     def _hold_back_flexible(self, batch: Batch, limit_ms: float, now_s: float) -> None:
         """All flexible decodes that have time, but for those that fit into the others' limit."""
-        urgent = [s for s in batch.decodes if s.slo.rank < FLEX or s.deadline_s() <= now_s]
+        urgent = [s for s in batch.decodes if s.slo.rank < FLEX or s.deadline_s <= now_s]
         waiting = (s for s in batch.decodes if s not in urgent)
-        flexible = sorted(waiting, key=Sequence.deadline_s)  # so that they take turns
+        flexible = sorted(waiting, key=_deadline)  # so that they take turns
         fitting = largest(
             len(flexible),
             lambda n: self._current.forward_ms(decode_work(urgent + flexible[:n])) <= limit_ms,
@@ -315,10 +315,7 @@ class Scheduler:
             return self._finish(sequence, None, "length")
         if item.token in sampling.stop_token_ids:
             return self._finish(sequence, None, "stop")
-        sequence.tokens.append(item.token)
-        sequence.last_token_s = now_s
-        if sequence.first_token_s is None:
-            sequence.first_token_s = now_s
+        sequence.append(item.token, now_s)
         full = sequence.num_tokens >= self.config.max_model_len
         if full or sequence.num_output_tokens >= sampling.max_tokens:
             return self._finish(sequence, item, "length")
@@ -327,6 +324,10 @@ class Scheduler:
     def _finish(self, sequence: Sequence, item: Sampled | None, reason: str) -> Progress:
         self.abort(sequence)
         return Progress(sequence, item, reason)
+
+
+def _deadline(sequence: Sequence) -> float:
+    return sequence.deadline_s
 
 
 def _rank(sequence: Sequence) -> int:

@@ -85,11 +85,15 @@ class Sequence:
     arrival_s: float = 0.0  # at the service, waiting in its queue included
     first_token_s: float | None = None  # monotonic time of the first token generated here
     last_token_s: float | None = None  # monotonic time of the newest token
+    deadline_s: float = field(init=False)  # when the next token is due
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks registered or matched
     prompt_logprobs: list[Logprob | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.deadline_s = self.arrival_s + self.slo.ttft_ms / 1000
 
     @property
     def num_tokens(self) -> int:
@@ -103,11 +107,14 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         return len(self.tokens) - self.num_computed_tokens
 
-    def deadline_s(self) -> float:
-        """When the next token is due: the mean time between tokens is what is promised, so tokens that came early
-        leave time to one that comes later, but no gap may become so long that the stream seems to stall."""
-        if self.last_token_s is None or self.first_token_s is None:
-            return self.arrival_s + self.slo.ttft_ms / 1000
+    def append(self, token: int, now_s: float) -> None:
+        """Its next token, and when the one after that is due: the mean time between tokens is what is promised, so
+        tokens that came early leave time to one that comes later, but no gap may become so long that the stream
+        seems to stall."""
+        self.tokens.append(token)
+        self.last_token_s = now_s
+        if self.first_token_s is None:
+            self.first_token_s = now_s
         tpot_s = self.slo.tpot_ms / 1000
         num_gaps = len(self.tokens) - self.num_prompt_tokens - self.num_resumed_tokens
-        return min(self.first_token_s + AIM * num_gaps * tpot_s, self.last_token_s + LONGEST_GAP * tpot_s)
+        self.deadline_s = min(self.first_token_s + AIM * num_gaps * tpot_s, now_s + LONGEST_GAP * tpot_s)
