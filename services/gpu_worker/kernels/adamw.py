@@ -61,4 +61,5 @@ def adamw_(
 
 def clip_factor(grad: Tensor, most: float) -> Tensor:
     """What makes the norm of `grad` at most `most`, as torch's clip_grad_norm_ has it; a scalar on the device."""
-    return (most / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1)
+    factor: Tensor = most / (torch.linalg.vector_norm(grad) + 1e-6)
+    return factor.clamp(max=1)

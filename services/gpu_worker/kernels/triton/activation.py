@@ -56,9 +56,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def silu_mul_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `silu_mul` with respect to `gate` and `up`."""
-    matrices = _matrices(dy=dy, gate=gate, up=up)
+    gradient, first, second = _matrices(dy=dy, gate=gate, up=up)
     d_gate, d_up = (torch.empty(gate.shape, dtype=dy.dtype, device=gate.device) for _ in range(2))
-    _launch(*matrices, d_gate, d_up, backward=True)
+    _launch(gradient, first, second, d_gate, d_up, backward=True)
     return d_gate, d_up
 
 

@@ -101,8 +101,7 @@ CONFIGURATIONS = [
         _adamw_kernel,
         {"HAS_COPY": has_copy, "BLOCK": BLOCK},
         torch.float32,
-        copy_ptr=torch.bfloat16,
-        **dict.fromkeys(_NUMBERS, "fp32"),
+        types={"copy_ptr": torch.bfloat16, **dict.fromkeys(_NUMBERS, "fp32")},
     )
     for has_copy in (False, True)
 ]

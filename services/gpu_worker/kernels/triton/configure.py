@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ def configure(
     dtype: torch.dtype = torch.bfloat16,
     num_warps: int = 4,
     num_stages: int = 2,
-    **types: str | torch.dtype,
+    types: Mapping[str, str | torch.dtype] | None = None,
 ) -> Configuration:
     """Arguments `*_ptr` point to `dtype`, all others are i32 (strides and widths multiples of 16), unless `types`
     says what they point to or are."""
     signature: dict[str, str] = {}
     for argument in inspect.signature(kernel.fn).parameters:
-        given = types.get(argument, dtype if argument.endswith("_ptr") else "i32")
+        given = (types or {}).get(argument, dtype if argument.endswith("_ptr") else "i32")
         if argument not in constants:
             signature[argument] = pointer(given) if isinstance(given, torch.dtype) else given
     aligned = frozenset(argument for argument in signature if argument.endswith(("stride", "width")))

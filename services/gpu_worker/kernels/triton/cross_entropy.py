@@ -205,10 +205,10 @@ def _configurations(dtype: torch.dtype, num_rows: int) -> list[Configuration]:
     tile = _tile(dtype, num_rows)
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     kernels = {"cross_entropy_measure": _measure_kernel, "cross_entropy_gradient": _gradient_kernel}
-    types = {"lse_ptr": torch.float32, "top_ptr": torch.float32, "at_label_ptr": torch.float32}
-    indices = {"labels_ptr": torch.int64, "best_ptr": torch.int32}
+    types = dict.fromkeys(("lse_ptr", "top_ptr", "at_label_ptr"), torch.float32)
+    types |= {"labels_ptr": torch.int64, "best_ptr": torch.int32}
     return [
-        configure(f"{name}-{tile['ROWS']}", kernel, tile, dtype, warps, stages, **types, **indices)
+        configure(f"{name}-{tile['ROWS']}", kernel, tile, dtype, warps, stages, types)
         for name, kernel in kernels.items()
     ]
 

@@ -112,7 +112,9 @@ def _configuration(heads: int, kv_heads: int, width: int) -> Configuration:
     block, rows, warps = tile_of(width // 2)
     constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HALF": width // 2, "BLOCK": block, "ROWS": rows}
     name = f"rope_cache_write-{heads}-{kv_heads}-{width}"
-    return configure(name, _rope_cache_write_kernel, constants, num_warps=warps, slots_ptr=torch.int64)
+    return configure(
+        name, _rope_cache_write_kernel, constants, num_warps=warps, types={"slots_ptr": torch.int64}
+    )
 
 
 CONFIGURATIONS = [_configuration(9, 3, 64), _configuration(32, 8, 128), _configuration(40, 8, 128)]

@@ -236,7 +236,7 @@ def _products(rows: int, ranks: int, dtype: torch.dtype) -> list[Configuration]:
         constants = {"SIDE": side, "ALIGNED": True, **tile}
         for name, kernel in (("shrink", _shrink_kernel), ("expand", _expand_kernel)):
             title = f"lora_{name}-{'ab'[side]}-{rows}-{ranks}"
-            found.append(configure(title, kernel, constants, dtype, **tables))
+            found.append(configure(title, kernel, constants, dtype, types=tables))
     return found
 
 
@@ -248,7 +248,7 @@ def _gradients(ranks: int, dtype: torch.dtype) -> list[Configuration]:
             _gradient_kernel,
             {"RANK_MAJOR": side == A, **tile},
             dtype,
-            blocks_ptr=torch.int64,
+            types={"blocks_ptr": torch.int64},
         )
         for side in (A, B)
     ]

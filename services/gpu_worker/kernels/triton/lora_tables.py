@@ -18,6 +18,7 @@ FEW_RANKS, MANY_RANKS = 16, 32  # of a tile, by the largest
 TILE_COLUMNS = 3  # run, first row, end
 ADAPTER_COLUMNS = 5  # address of A, of B; rank; first row; start in `low`
 BLOCK_COLUMNS = 9  # see `_block`
+Row = tuple[int, ...]  # of a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +80,15 @@ def _tile_rows(runs: LoraRuns) -> int:
     return FEW_ROWS if total <= 2 * FEW_ROWS * len(runs.runs) else MANY_ROWS
 
 
-def _rows(runs: LoraRuns) -> tuple[list[tuple[int, ...]], ...]:
+def _rows(runs: LoraRuns) -> tuple[list[Row], ...]:
     """The tables of tiles, of adapters, and of blocks of A's gradients and of B's."""
     step = _tile_rows(runs)
-    tiles = [
+    tiles: list[Row] = [
         (i, first, run.end) for i, run in enumerate(runs.runs) for first in range(run.start, run.end, step)
     ]
-    adapters, of_a, of_b = [], [], []
+    adapters: list[Row] = []
+    of_a: list[Row] = []
+    of_b: list[Row] = []
     for run, low in zip(runs.runs, runs.low_starts, strict=False):
         if not (run.a.is_contiguous() and run.b.is_contiguous()):
             raise UnsupportedShape(f"A {list(run.a.shape)} or B {list(run.b.shape)} is not dense")
@@ -104,7 +107,7 @@ def _shape(block: BlockGradient, out_features: int, rank: int) -> tuple[int, int
     return len(range(*block.out.indices(out_features))), len(range(*block.rank.indices(rank)))
 
 
-def _block(run: LoraRun, low: int, block: BlockGradient, shape: tuple[int, int]) -> tuple[int, ...]:
+def _block(run: LoraRun, low: int, block: BlockGradient, shape: tuple[int, int]) -> Row:
     """First row and end; where the ranks start in `low`, their stride and number; first feature, features;
     address of the accumulator; the scale's bits as float64."""
     grad = block.grad

@@ -194,18 +194,22 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> Tensor:
 def _configurations(width: int) -> list[Configuration]:
     block, rows, warps = tile_of(width)
     tile = {"WIDTH": width, "BLOCK": block, "ROWS": rows}
-    shown = {"num_warps": warps, "eps": "fp32"}
-    half, half_rows, half_warps = tile_of(width // 2)
-    rotation = {"HALF": width // 2, "BLOCK": half, "ROWS": half_rows}
+    eps = {"eps": "fp32"}
     found = [
-        configure(f"rms_norm-{width}", _rms_norm_kernel, tile | {"HAS_RESIDUAL": False}, **shown),
-        configure(f"add_rms_norm-{width}", _rms_norm_kernel, tile | {"HAS_RESIDUAL": True}, **shown),
-        configure(f"rms_norm_backward-{width}", _rms_norm_backward_kernel, tile, **shown),
+        configure(f"{name}-{width}", kernel, tile | constants, num_warps=warps, types=eps)
+        for name, kernel, constants in (
+            ("rms_norm", _rms_norm_kernel, {"HAS_RESIDUAL": False}),
+            ("add_rms_norm", _rms_norm_kernel, {"HAS_RESIDUAL": True}),
+            ("rms_norm_backward", _rms_norm_backward_kernel, {}),
+        )
     ]
     if width <= 256:  # that of a head
+        block, rows, warps = tile_of(width // 2)
+        tile = {"HALF": width // 2, "BLOCK": block, "ROWS": rows}
         for name, adjoint in (("rope", False), ("rope_backward", True)):
-            constants = rotation | {"ADJOINT": adjoint}
-            found.append(configure(f"{name}-{width}", _rope_kernel, constants, num_warps=half_warps))
+            found.append(
+                configure(f"{name}-{width}", _rope_kernel, tile | {"ADJOINT": adjoint}, num_warps=warps)
+            )
     return found
 
 

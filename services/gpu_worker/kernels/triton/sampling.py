@@ -250,10 +250,12 @@ CONFIGURATIONS = [
         {"CANDIDATES": CANDIDATES, "BLOCK": BLOCK},
         torch.float32,
         num_warps=8,
-        top_k_ptr=torch.int32,
-        seed_ptr=torch.int64,
-        position_ptr=torch.int64,
-        tokens_ptr=torch.int64,
-        ids_ptr=torch.int32,
+        types={
+            "top_k_ptr": torch.int32,
+            "seed_ptr": torch.int64,
+            "position_ptr": torch.int64,
+            "tokens_ptr": torch.int64,
+            "ids_ptr": torch.int32,
+        },
     )
 ]
