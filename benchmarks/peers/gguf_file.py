@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,7 @@ from gguf.quants import quantize
 from safetensors.torch import load_file
 
 from services.gguf_convert import LAYER_TENSORS, TENSORS
+from services.gpu_worker.model.config import ModelConfig
 
 Weights = Literal["bfloat16", "int8"]
 KINDS = {"bfloat16": GGMLQuantizationType.BF16, "int8": GGMLQuantizationType.Q8_0}
@@ -23,9 +23,9 @@ QUERIES, KEYS = "self_attn.q_proj", "self_attn.k_proj"
 
 def write_gguf(folder: Path, path: Path, weights: Weights) -> None:
     """int8 means the layers' linears, in blocks of 32 (Q8_0); embedding and head stay bfloat16, as ours do."""
-    config = json.loads((folder / "config.json").read_text())
-    if config["model_type"] != "llama":
-        raise ValueError(f"{folder}: model_type {config['model_type']!r}, only llama can be written")
+    config = ModelConfig.from_folder(folder)
+    if config.qkv_bias or config.qk_norm or config.rope.kind != "default":
+        raise ValueError(f"{folder}: only llama without scaled positions can be written")
     writer = GGUFWriter(path, "llama")
     _add_settings(writer, config)
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -36,32 +36,32 @@ def write_gguf(folder: Path, path: Path, weights: Weights) -> None:
     writer.close()
 
 
-def _add_settings(writer: GGUFWriter, config: dict[str, Any]) -> None:
+def _add_settings(writer: GGUFWriter, config: ModelConfig) -> None:
     writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
 def _add_tensor(
     writer: GGUFWriter,
-    config: dict[str, Any],
+    config: ModelConfig,
     name: str,
     tensor: npt.NDArray[np.float32],
     kind: GGMLQuantizationType,
 ) -> None:
     part = name.removesuffix(".weight").split(".", 3)[-1]
     if part == QUERIES:
-        tensor = halves_to_interleaved(tensor, config["num_attention_heads"])
+        tensor = halves_to_interleaved(tensor, config.num_heads)
     if part == KEYS:
-        tensor = halves_to_interleaved(tensor, config["num_key_value_heads"])
+        tensor = halves_to_interleaved(tensor, config.num_kv_heads)
     if tensor.ndim == 1:
         kind = GGMLQuantizationType.F32
     elif not name.startswith("model.layers."):
