@@ -96,7 +96,7 @@ def show(results: dict[str, Any]) -> None:
         ours = row["tokens_per_s"][OURS]
         for peer, ratio in row["ratio"].items():
             equal = row["equal_tokens"].get(peer)
-            note = remark if equal is None else f"{equal:.1%} of the tokens are equal"
+            note = remark if equal is None else f"{equal:.0%} equal tokens"
             theirs = row["tokens_per_s"][peer]
             table.add_row(weights, task, f"{ours:.0f}", peer, f"{theirs:.0f}", f"{ratio:.2f}x", note)
     console.print(table)

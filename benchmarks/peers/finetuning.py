@@ -24,7 +24,7 @@ from services.gpu_worker.model.adapters import Key
 from services.gpu_worker.model.peft import LoraConfig
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-EXAMPLES = 32
+EXAMPLES = 24
 BATCH_SIZE = 8
 RANK = 16
 DATA = Path(__file__).parents[2] / "data" / "gsm8k" / "train.jsonl"
