@@ -30,7 +30,7 @@ from rich.table import Table
 
 from benchmarks import coserve_plot
 from benchmarks.arrivals import Arrival, arrivals
-from benchmarks.peers import RANK, TARGETS, Training, load_examples
+from benchmarks.peers.finetuning import RANK, TARGETS, Training, load_examples
 from benchmarks.report import save
 from services.gpu_worker.engine.engine import Engine, EngineConfig
 from services.gpu_worker.engine.scheduler import SchedulerConfig

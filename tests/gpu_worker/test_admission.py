@@ -108,7 +108,9 @@ def test_jobs_share_what_there_is(folder: Path) -> None:
 
 def test_where_not_even_the_leanest_fits_sequences_become_shorter(folder: Path) -> None:
     lean = needed(folder, 1)
-    engine = make_engine(folder, finetune_bytes=lean.device_bytes - 1000, max_finetune_jobs=1)
+    engine = make_engine(
+        folder, finetune_bytes=lean.device_bytes - lean.activations // 8, max_finetune_jobs=1
+    )
     add_job(engine)
     plan = engine.admission.plan_of("ftjob-1")
     assert max(LENGTHS) <= plan.max_tokens < sum(sorted(LENGTHS)[-3:])

@@ -17,7 +17,7 @@ from services.gpu_worker.engine.batch import Batch, JobWindow
 from services.gpu_worker.engine.engine import Engine, JobEvent
 from services.gpu_worker.engine.lanes import Gate, Lanes, Progress
 from services.gpu_worker.engine.sequence import Sampling
-from services.gpu_worker.finetune.job import JobConfig, Window
+from services.gpu_worker.finetune.job import JobConfig, Phase, Window
 from services.gpu_worker.model.peft import Method
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import METHODS, make_engine, prompt_of, run
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_lanes_engine(folder: Path, **options: Any) -> Engine:
-    engine = make_engine(folder, num_threads=2, scheduler=SCHEDULER, **options)
+    engine = make_engine(folder, num_threads=2, **{"scheduler": SCHEDULER, **options})
     assert engine.scheduler.lane_latency is not None
     return engine
 
@@ -132,7 +132,7 @@ def test_requests_and_two_jobs_beside_each_other_get_what_they_get_alone(folder:
         add_job(alone, method, job_id)
         expected_losses[job_id] = curve(run(alone)[1], job_id)
 
-    engine = make_lanes_engine(folder)
+    engine = make_lanes_engine(folder, scheduler={**SCHEDULER, "idle_ms": 8.0})
     add_job(engine, METHODS["lora"], "ftjob-1")
     add_job(engine, METHODS["ia3"], "ftjob-2")
     watch = Watch(engine)
@@ -200,6 +200,63 @@ def test_a_forward_follows_another_layer_by_layer() -> None:
     assert progress.waited_s[0] > 0.0 == progress.waited_s[1]
 
 
+# --- steps that there is no time for
+
+
+def test_steps_behind_a_late_one_are_not_begun_but_those_before_one_that_has_begun_are() -> None:
+    progress = Progress()
+    assert progress.begin_step(0, is_late=True)  # else nothing would ever move
+    assert progress.begin_step(2, is_late=False)
+    assert progress.begin_step(1, is_late=True)
+    assert not progress.begin_step(3, is_late=True)
+    assert not progress.begin_step(4, is_late=False)
+    assert progress.num_begun == 3
+
+
+@pytest.mark.parametrize("make", [make_engine, make_lanes_engine])
+def test_steps_that_take_too_long_are_given_back_and_done_later(folder: Path, make: Any) -> None:
+    expected_engine = make_engine(folder, scheduler=SCHEDULER)
+    add_job(expected_engine, METHODS["lora"])
+    expected = curve(run(expected_engine)[1])
+
+    engine = make(folder, scheduler={**SCHEDULER, "idle_ms": 25.0})
+    add_job(engine, METHODS["lora"])
+    trainer, rng = engine.runner.trainers["ftjob-1"], random.Random(0)
+    inner = trainer.backward
+
+    def backward(window: Window) -> None:
+        if rng.random() < 0.05:
+            time.sleep(0.05)
+        inner(window)
+
+    trainer.backward = backward  # type: ignore[method-assign]
+    given_back, give_back = [], engine.scheduler.give_back
+
+    def watch(batch: Batch, num_steps: int) -> None:
+        given_back.append(len(batch.backwards) - num_steps)
+        give_back(batch, num_steps)
+
+    engine.scheduler.give_back = watch  # type: ignore[method-assign]
+    assert curve(run(engine)[1]) == pytest.approx(expected, abs=2e-4)
+    assert sum(given_back) > 0
+
+
+def test_what_is_given_back_is_where_it_was() -> None:
+    world = make_world(num_blocks=200, lane_latency=make_latency(1.2), idle_ms=400.0, min_window=8)
+    job = make_job("j", [40, 30], num_layers=5, in_flight=80)
+    world.scheduler.add_job(job)
+    batch = world.scheduler.schedule(world.now_s)
+    assert len(batch.backwards) > 4 and batch.updates and job.phase is Phase.OPTIMIZER
+    world.scheduler.give_back(batch, 0)
+    assert not batch.backwards and not batch.updates
+    num_tokens = sum(work.num_tokens for work in batch.forwards)
+    assert (job.phase, job.layer, job.position) == (Phase.BACKWARD, 4, num_tokens)
+    assert job.served_tokens == 5 * num_tokens
+    world.scheduler.update(batch, [], world.now_s)
+    world.run()
+    assert job.step == job.total_steps
+
+
 # --- which steps may run at once
 
 
@@ -230,8 +287,8 @@ def replay(batch: Batch, scheduler: Any) -> tuple[list[float], list[tuple[JobWin
     while any(todo):
         before = sum(map(len, todo))
         for lane in range(2):
-            if todo[lane] and todo[lane][0][1] <= len(ends[1 - lane]):
-                step, needed = todo[lane].pop(0)
+            if todo[lane] and todo[lane][0][2] <= len(ends[1 - lane]):
+                _, step, needed = todo[lane].pop(0)
                 start = max(clocks[lane], ends[1 - lane][needed - 1] if needed else 0.0)
                 if any(work.job is step.job and work.lane != lane for work in batch.forwards):
                     start = max(start, forwarded[1 - lane])
@@ -281,7 +338,7 @@ def test_lanes_end_when_predicted_and_no_step_runs_beside_one_that_it_must_follo
 
 def test_requests_take_one_lane_and_the_other_trains_meanwhile() -> None:
     world = make_world(num_blocks=400, lane_latency=make_latency(1.2), finetune_window=64)
-    world.scheduler.add_job(make_job("j", [60] * 40, num_layers=6))
+    world.scheduler.add_job(make_job("j", [60] * 40, num_layers=60))
     for i in range(4):
         world.scheduler.add(make_sequence(f"r{i}", 8, 40, i, tpot_slo_ms=50))
     batches = [world.step() for _ in range(30)]

@@ -70,7 +70,7 @@ def make_job(
         examples if evaluate else None,
         num_layers,
         in_flight,
-        weight,
+        weight=weight,
         tenant=tenant,
     )
 

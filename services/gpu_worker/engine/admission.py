@@ -51,6 +51,7 @@ class Admission:
     offload: Offload
     activation_bytes: int = 0  # that one job aims at; 0: its part of the budget
     num_lanes: int = 1  # that may work on a job at once
+    grain: int = 1  # of training sequences, tokens
     budget: int = 0  # bytes of the device
     step_flops: float = math.inf  # of a token in one layer's backward, that the service level has time for
     is_full: bool = False  # a job did not fit beside those that are here; until one of them leaves
@@ -119,7 +120,7 @@ class Admission:
     ) -> JobPlan:
         """Raises TooLarge where the job never fits, JobMustWait where it does once others have ended."""
         compiled = self.compile(method, config.lora_dropout > 0)
-        planner = JobPlanner(self.weights, compiled, config, training, validation, self.num_lanes)
+        planner = JobPlanner(self.weights, compiled, config, training, validation, self.num_lanes, self.grain)
         room = self._room()
         try:
             return planner.plan(self.max_tokens, room)

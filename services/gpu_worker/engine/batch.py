@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -37,11 +38,17 @@ class JobWindow:
     window: Window
     ends_evaluation: bool = False
     lane: int = 0
+    expected_ms: float = 0.0  # of a step of the backward
 
     @property
     def work(self) -> Work:
         is_first = self.window.layer == self.job.num_layers - 1
         return window_work(self.sequence, self.window.start, self.window.end, is_first)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of examples."""
+        return self.sequence.examples_in(self.window.start, self.window.end)
 
     def must_follow(self, earlier: JobWindow) -> bool:
         """Of two steps of a batch's backward: whether this one has to wait for the earlier one to end.
@@ -103,7 +110,7 @@ class Batch:
 
     In two lanes requests are in lane 0 and windows in either. Each lane's forward is one; of a job with windows in
     both, those of lane 1 come first. A step of the backward waits for those that it must follow; updates wait for
-    both lanes.
+    both lanes. Steps that would not end in time are given back, but for the first.
 
     Before all that the keys and values of `parked` jobs go to host memory, then those of jobs `brought_back`
     into their new blocks.
@@ -117,6 +124,7 @@ class Batch:
     parked: list[Parked] = field(default_factory=list)
     brought_back: list[FinetuneJob] = field(default_factory=list)
     limit_ms: float = 0.0
+    steps_until_ms: float = math.inf  # after the start; later steps of the backward are not begun
     lanes_ms: list[float] = field(default_factory=lambda: [0.0])  # when each lane will be done, as predicted
     updates_ms: float = 0.0  # what the updates will take after that
     _decode_work: Work | None = None
@@ -135,7 +143,7 @@ class Batch:
 
     @property
     def num_forward_tokens(self) -> int:
-        return sum(work.window.num_tokens for work in self.forwards)
+        return sum(work.num_tokens for work in self.forwards)
 
     @property
     def inference_work(self) -> Work:
@@ -155,15 +163,16 @@ class Batch:
         own = (forward.work for forward in self.forwards if forward.lane == lane)
         return sum(own, Work() if lane else self.inference_work)
 
-    def backward_steps(self, lane: int = 0) -> Iterator[tuple[JobWindow, int]]:
-        """A lane's steps in order; of each how many of the other lane's have to be done before."""
+    def backward_steps(self, lane: int = 0) -> Iterator[tuple[int, JobWindow, int]]:
+        """A lane's steps in order, with their places in `backwards`; of each how many of the other lane's have to be
+        done before."""
         counts, others = [0] * self.num_lanes, list[tuple[JobWindow, int]]()
-        for step in self.backwards:
+        for index, step in enumerate(self.backwards):
             counts[step.lane] += 1
             if step.lane != lane:
                 others.append((step, counts[step.lane]))
             else:
-                yield step, next((n for other, n in reversed(others) if step.must_follow(other)), 0)
+                yield index, step, next((n for other, n in reversed(others) if step.must_follow(other)), 0)
 
     @property
     def has_finetuning(self) -> bool:

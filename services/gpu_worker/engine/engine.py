@@ -149,6 +149,7 @@ class Engine:
             with self.runner.lanes.threads_of_one():
                 lane_latency = self._make_latency(policies)
         self.scheduler = Scheduler(config.scheduler, self.blocks, latency, lane_latency)
+        self.scheduler.finetuning.can_give_back = group.size == 1  # clocks of several ranks differ
         slack_ms = self.scheduler.slack_beside_decodes_ms(config.slos[DEFAULT_TIER].tpot_ms)
         self.admission.set_pace(policies, latency, config.scheduler.min_window, slack_ms)
         self._watch = MemoryWatch(weights, self.scheduler, self.runner.trainers, self.admission.can_move)
@@ -191,6 +192,7 @@ class Engine:
             config.offload_activations,
             config.activation_bytes,
             NUM_LANES if self.runner.lanes else 1,
+            config.scheduler.min_window,
         )
 
     def _make_latency(self, policies: LayerPolicies) -> LatencyModel:
@@ -199,10 +201,12 @@ class Engine:
         sizes = limits.max_num_seqs, self.max_model_len, rows, limits.finetune_window
         extent = extent_of(self.runner, *sizes)
         if config.profile_dir is None:
-            return profile(self.runner, extent, policies)
+            return profile(self.runner, extent, policies, grain=limits.min_window)
         form = f"{config.quantise}/{config.int4_group_size}" if config.quantise == "int4" else config.quantise
         key = key_of(weights, form, extent, config.block_size, policies)
-        return profile(self.runner, extent, policies, ProfileCache(config.profile_dir, key))
+        return profile(
+            self.runner, extent, policies, ProfileCache(config.profile_dir, key), limits.min_window
+        )
 
     # --- one iteration
 
@@ -217,6 +221,7 @@ class Engine:
         if batch.is_empty:
             return StepResult(jobs=self._job_events(RunResult()), stats=self._stats(batch, Timing()))
         result = self._run(batch)
+        self.scheduler.give_back(batch, result.num_steps)
         progress = self.scheduler.update(batch, result.sampled, self._now_s())
         self._learn(batch, result.timing)
         return StepResult(
@@ -271,7 +276,7 @@ class Engine:
         return events
 
     def _stats(self, batch: Batch, timing: Timing) -> IterationStats:
-        backward = sum(work.window.num_tokens for work in batch.backwards)
+        backward = sum(work.num_tokens for work in batch.backwards)
         return IterationStats(
             len(batch.decodes),
             batch.num_prompt_tokens,
@@ -421,6 +426,7 @@ class Engine:
             held_out,
             self.model.config.num_layers,
             plan.max_tokens,
+            self.admission.grain,
             weight,
             trains_layers=plan.policies.compiled.trains_layers,
             can_park=plan.can_park,

@@ -31,6 +31,7 @@ class FinetuneScheduler:
         self._window, self._min_window, self._patience = window, min(min_window, window), patience
         self._shares = FairShare(quantum=window)
         self._starved = 0  # iterations in a row in which jobs got nothing
+        self.can_give_back = True  # steps that an iteration has planned but no time for
 
     def add(self, job: FinetuneJob) -> None:
         job.served_tokens = min((other.served_tokens for other in self.jobs), default=0.0)
@@ -52,12 +53,22 @@ class FinetuneScheduler:
         filling = _Filling(
             batch, latency, self._blocks, batch.limit_ms, update_ms, window, self._min_window, forced
         )
+        if self.can_give_back:
+            filling.step_ms, batch.steps_until_ms = latency.expected_backward_ms, batch.limit_ms
         turns = self._by_turn()
         for tenant, jobs in turns.items():
             self._shares.charge(tenant, sum(map(filling.add, jobs)))
         if turns and not any(job.blocks for job in next(iter(turns.values()))):
             self._shares.end_turn()  # who has no memory must not keep it
         self._starved = 0 if batch.has_finetuning else self._starved + 1
+
+    def give_back(self, batch: Batch, num_steps: int) -> None:
+        """All but the first `num_steps` steps of a batch's backward, and the updates behind them."""
+        late, batch.backwards = batch.backwards[num_steps:], batch.backwards[:num_steps]
+        batch.updates = [u for u in batch.updates if all(step.job is not u.job for step in late)]
+        for step in reversed(late):
+            step.job.take_back(step.sequence, step.window)
+            self._shares.charge(_tenant(step.job), -step.num_tokens / (2 * step.job.num_layers))
 
     def fill_with_a_sequence(self, batch: Batch, latency: LatencyModel, update_ms: float) -> None:
         """What is left of one training sequence, and the update behind a step's last one, in one piece."""
@@ -72,9 +83,13 @@ class FinetuneScheduler:
     def _by_turn(self) -> dict[str, list[FinetuneJob]]:
         jobs: dict[str, list[FinetuneJob]] = {}
         for job in sorted(self.jobs, key=lambda job: job.served_tokens):
-            jobs.setdefault(job.tenant or job.job_id, []).append(job)
+            jobs.setdefault(_tenant(job), []).append(job)
         order = self._shares.order({tenant: own[0].weight for tenant, own in jobs.items()})
         return {tenant: jobs[tenant] for tenant in order}
+
+
+def _tenant(job: FinetuneJob) -> str:
+    return job.tenant or job.job_id
 
 
 @dataclass(slots=True)
@@ -90,9 +105,11 @@ class _Filling:
     min_window: int
     forced: bool
     ends_ms: list[float] = field(default_factory=list)  # of the batch's steps of the backward
+    step_ms: Callable[[Work], float] = field(init=False)  # of the backward
     least_ms: float = field(init=False)  # of a smallest step
 
     def __post_init__(self) -> None:
+        self.step_ms = self.latency.backward_ms
         self.least_ms = self.latency.backward_ms(Work(window_tokens=self.min_window))
 
     def add(self, job: FinetuneJob) -> float:
@@ -128,12 +145,14 @@ class _Filling:
             return
         sequence, evaluating, start = job.sequence, job.evaluating, job.position
         beside = [self.batch.forward_work(lane) for lane in range(self.batch.num_lanes)]
-        alone_ms = [self.latency.forward_ms(work) for work in beside]
+        alone_ms = [self.latency.expected_forward_ms(work) for work in beside]
 
         def end_ms(lane: int, start: int, size: int) -> float:
             if not size:
                 return 0.0
-            fused_ms = self.latency.forward_ms(beside[lane] + window_work(sequence, start, start + size))
+            fused_ms = self.latency.expected_forward_ms(
+                beside[lane] + window_work(sequence, start, start + size)
+            )
             return self.batch.lanes_ms[lane] - alone_ms[lane] + fused_ms
 
         def fits(size: int) -> bool:
@@ -156,7 +175,7 @@ class _Filling:
         if self.batch.num_lanes == 1 or size < 2 * self.min_window:
             return size, 0
         ahead_ms = self.batch.lanes_ms[0] - self.batch.lanes_ms[1]
-        token_ms = self.latency.forward_ms(Work(window_tokens=size, loss_tokens=size)) / size
+        token_ms = self.latency.expected_forward_ms(Work(window_tokens=size, loss_tokens=size)) / size
         first = round((size + ahead_ms / token_ms) / 2 / self.min_window) * self.min_window
         if first > size - self.min_window:
             return size, 0
@@ -178,21 +197,19 @@ class _Filling:
     # --- backward
 
     def _add_backwards(self, job: FinetuneJob) -> None:
-        batch, latency, sequence = self.batch, self.latency, job.sequence
+        batch, sequence = self.batch, job.sequence
 
         @cache  # layer after layer has the same windows
         def cost_ms(start: int, end: int, is_first: bool) -> float:
-            return latency.backward_ms(window_work(sequence, start, end, is_first))
+            return self.step_ms(window_work(sequence, start, end, is_first))
 
         forwarded_ms = self._forwarded_ms(job)
         width = self._grid(sequence.num_tokens)
 
         def place(size: int) -> tuple[JobWindow, float]:
-            step, is_first = (
-                JobWindow(job, sequence, job.next_backward(size)),
-                job.layer == job.num_layers - 1,
-            )
-            return self._place(step, cost_ms(step.window.start, step.window.end, is_first), forwarded_ms)
+            window, is_first = job.next_backward(size), job.layer == job.num_layers - 1
+            step_ms = cost_ms(window.start, window.end, is_first)
+            return self._place(JobWindow(job, sequence, window, expected_ms=step_ms), forwarded_ms)
 
         while job.phase is Phase.BACKWARD:
             size = self._backward_size(
@@ -209,13 +226,15 @@ class _Filling:
     def _forwarded_ms(self, job: FinetuneJob) -> float:
         """When the windows that the batch has of this job will have gone forward, in all lanes."""
         own = {work.lane for work in self.batch.forwards if work.job is job}
-        return max((self.latency.forward_ms(self.batch.forward_work(lane)) for lane in own), default=0.0)
+        return max(
+            (self.latency.expected_forward_ms(self.batch.forward_work(lane)) for lane in own), default=0.0
+        )
 
-    def _place(self, step: JobWindow, cost_ms: float, earliest_ms: float) -> tuple[JobWindow, float]:
+    def _place(self, step: JobWindow, earliest_ms: float) -> tuple[JobWindow, float]:
         """In the lane where it ends first, and when that is; of two such lanes the busier one."""
         lanes_ms = self.batch.lanes_ms
         if len(lanes_ms) == 1:
-            return step, lanes_ms[0] + cost_ms
+            return step, lanes_ms[0] + step.expected_ms
         starts_ms = [max(busy_ms, earliest_ms) for busy_ms in lanes_ms]
         seen = set[int]()
         for earlier, end_ms in zip(reversed(self.batch.backwards), reversed(self.ends_ms), strict=True):
@@ -225,19 +244,21 @@ class _Filling:
                 if len(seen) == len(lanes_ms):
                     break
         lane = min(range(len(lanes_ms)), key=lambda lane: (starts_ms[lane], -lanes_ms[lane]))
-        return replace(step, lane=lane), starts_ms[lane] + cost_ms
+        return replace(step, lane=lane), starts_ms[lane] + step.expected_ms
 
     def _backward_size(self, end: int, width: int, fits: Callable[[int], bool]) -> int:
         """Down to the next boundary of a grid of this width, or half of it, or a quarter.
 
         Layer after layer then has the same few windows, and libraries have ready what they prepare for a size.
         """
-        while width >= self.min_window:
+        grain = self.min_window
+        while True:
             size = end - (end - 1) // width * width
-            if fits(size) or (width // 2 < self.min_window and self._is_forced):
+            if fits(size) or (width <= grain and self._is_forced):
                 return size
-            width //= 2
-        return 0
+            if width <= grain:
+                return 0
+            width = -(-width // (2 * grain)) * grain
 
     def _grid(self, num_tokens: int) -> int:
         """The smallest window, doubled as long as several steps of that size fit into what is left; of two lanes
@@ -245,7 +266,7 @@ class _Filling:
         left_ms = sum(self._lanes_limit_ms - lane_ms for lane_ms in self.batch.lanes_ms)
         width = self.min_window
         while 2 * width <= self.window:
-            if STEPS * self.latency.backward_ms(Work(window_tokens=2 * width)) > left_ms:
+            if STEPS * self.step_ms(Work(window_tokens=2 * width)) > left_ms:
                 break
             width *= 2
         if self.batch.num_lanes == 1:

@@ -26,6 +26,8 @@ class Progress:
         self._changed = Condition()
         self._layers = [0.0] * NUM_LANES
         self._steps = [0.0] * NUM_LANES
+        self._last_begun = -1  # step of either lane, by its place in the batch
+        self._is_stopped = False
         self.waited_s = [0.0] * NUM_LANES  # by each lane for the other
 
     def pass_layers(self, lane: int, count: float) -> None:
@@ -33,6 +35,20 @@ class Progress:
         with self._changed:
             self._layers[lane] = count
             self._changed.notify()
+
+    def begin_step(self, index: int, is_late: bool) -> bool:
+        """Whether a step may begin. Once a late one may not, none behind it may, but all before those that have begun:
+        what has been computed is then the beginning of the batch's list."""
+        with self._changed:
+            if index > max(self._last_begun, 0) and (self._is_stopped or is_late):
+                self._is_stopped = True
+                return False
+            self._last_begun = max(self._last_begun, index)
+            return True
+
+    @property
+    def num_begun(self) -> int:
+        return self._last_begun + 1
 
     def pass_step(self, lane: int) -> None:
         with self._changed:

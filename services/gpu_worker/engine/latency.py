@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from services.gpu_worker.engine.correction import Accuracy, Correction, Errors
 
+WINDOW_CAUTION = 0.4  # 1: the whole margin, 0: none
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -117,6 +119,18 @@ class LatencyModel:
         libraries make for sizes that they have not seen."""
         correction = self._first_backward if work.is_first else self._backward
         return self.table_backward_ms(work) * correction.factor
+
+    def expected_forward_ms(self, work: Work) -> float:
+        """With a part of the margin: for training windows, whose iterations may now and then take longer than they
+        should, for the time promised between tokens is a mean."""
+        correction = self.forward_correction(work)
+        margin: float = correction.margin**WINDOW_CAUTION
+        return self.table_forward_ms(work) * correction.level * margin
+
+    def expected_backward_ms(self, work: Work) -> float:
+        """Without the margin: for what can be left out where it takes longer."""
+        correction = self._first_backward if work.is_first else self._backward
+        return self.table_backward_ms(work) * correction.level
 
     @property
     def backward_correction(self) -> Correction:

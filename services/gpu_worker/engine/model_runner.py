@@ -39,6 +39,7 @@ class RunResult:
     sampled: list[Sampled] = field(default_factory=list)
     reports: list[tuple[str, StepReport]] = field(default_factory=list)  # (job id, report)
     failures: list[tuple[str, Exception]] = field(default_factory=list)  # (job id, what went wrong)
+    num_steps: int = 0  # of the backward, that there was time for
     timing: Timing = field(default_factory=Timing)
 
 
@@ -86,7 +87,10 @@ class ModelRunner:
             if work.ends_evaluation:
                 self._guarded(work.job.job_id, result, partial(self._report_evaluation, work, result))
         windows_ms = (time.perf_counter() - started) * 1000
+        unfinished = {id(step.job) for step in batch.backwards[result.num_steps :]}
         for update in batch.updates:
+            if id(update.job) in unfinished:
+                continue
             self._guarded(update.job.job_id, result, partial(self._update, update, result))
         self._synchronize()
         forward_ms, total_ms = lanes[0].forward_ms, (time.perf_counter() - started) * 1000
@@ -106,6 +110,7 @@ class ModelRunner:
         else:
             assert self.lanes is not None
             self.lanes.run(run, progress)
+        result.num_steps = progress.num_begun
         return timings
 
     def _run_lane(
@@ -119,7 +124,11 @@ class ModelRunner:
         self._synchronize()
         forwarded, waited_s = time.perf_counter(), progress.waited_s[lane]
         beside = {work.job.job_id for work in forwards if work.lane != lane}
-        for step, num_others in batch.backward_steps(lane):
+        until_s = started + batch.steps_until_ms / 1000
+        for index, step, num_others in batch.backward_steps(lane):
+            is_late = time.perf_counter() + step.expected_ms / 1000 > until_s
+            if not progress.begin_step(index, is_late):
+                break
             if step.job.job_id in beside:
                 progress.wait_for_layers(lane, math.inf)
             progress.wait_for_steps(lane, num_others)

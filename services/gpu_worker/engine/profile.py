@@ -24,17 +24,23 @@ from services.gpu_worker.finetune.trainer import Trainer, examples_of
 log = logging.getLogger(__name__)
 REPEATS = 3
 ENOUGH_MS = 200.0  # what takes longer is repeated once only
+WARM_UP_S = 3.0  # at most
 BUDGET_MS = 10_000.0  # after which nothing is repeated: on a machine so busy only the correction can help
 
 
 def profile(
-    runner: ModelRunner, extent: Extent, policies: LayerPolicies, cache: ProfileCache | None = None
+    runner: ModelRunner,
+    extent: Extent,
+    policies: LayerPolicies,
+    cache: ProfileCache | None = None,
+    grain: int = 32,
 ) -> LatencyModel:
-    """The latency model of a machine that trains with these policies: an earlier start's where there is one that
-    still holds. Uses blocks of the key/value cache; nothing may be in them yet."""
+    """The latency model of a machine that trains with these policies in windows of multiples of `grain`: an earlier
+    start's where there is one that still holds. Uses blocks of the key/value cache; nothing may be in them yet."""
     group = runner.model.weights.group
     machine = ModelMachine(runner, extent, policies)
     try:
+        machine.warm_up(extent, grain)
         kept = cache.load(group) if cache else None
         if kept is not None:
             if agrees(machine, extent, kept):
@@ -67,6 +73,15 @@ class ModelMachine:
         self._trainers = [_trainer(runner, f"profile-{n}", n, policies) for n in lengths]
         runner.trainers |= {trainer.job.job_id: trainer for trainer in self._trainers}
         self.forward(prompts=[(0, lengths[1])])  # what runs for the first time takes longer
+
+    def warm_up(self, extent: Extent, grain: int) -> None:
+        """Goes backward in windows of each size, the smallest first: a CPU's library makes something for each product
+        of a size that it has not seen, which takes several times as long as the products of a small window."""
+        until_s = time.perf_counter() + WARM_UP_S
+        for size in range(grain, extent.window + 1, grain):
+            if torch.cuda.is_available() or time.perf_counter() > until_s:
+                return
+            self._trainers[0].backward(Window(0, size, self._last_layer))
 
     def close(self) -> None:
         for trainer in self._trainers:

@@ -21,7 +21,7 @@ from services.gpu_worker.engine.pressure import Pressure
 from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.engine.sharing import SharingName, Turn, make_sharing
 from services.gpu_worker.engine.slo import FLEX
-from services.gpu_worker.finetune.job import FinetuneJob
+from services.gpu_worker.finetune.job import FinetuneJob, Phase
 
 BACKLOG = 16  # prompts that finetuning leaves time for
 
@@ -131,9 +131,12 @@ class Scheduler:
         return batch
 
     def _have_lanes_time(self, turn: Turn, decodes: list[Sequence], limits: Limits, now_s: float) -> bool:
-        """Whether requests can do with one of two lanes."""
-        if self.lane_latency is None or turn is Turn.FINETUNING:
+        """Whether requests can do with one of two lanes. Beside them a forward is better fused with theirs, for small
+        windows are slow on their own; a backward has many small products, which spread badly over cores."""
+        if self.lane_latency is None or turn is Turn.FINETUNING or not (self.running or self.waiting):
             return self.lane_latency is not None
+        if all(job.phase is Phase.FORWARD for job in self.jobs):
+            return False
         self._current = self.lane_latency
         decodes_ms = self.lane_latency.forward_ms(decode_work(decodes))
         return decodes_ms <= limits.all_ms and self._backlog_limit_ms(Batch(), now_s) > decodes_ms
@@ -145,6 +148,11 @@ class Scheduler:
         else:
             batch.limit_ms = min(batch.limit_ms, self._backlog_limit_ms(batch, now_s))
             self.finetuning.fill(batch, self._current, update_ms, forced=not has_requests)
+
+    def give_back(self, batch: Batch, num_steps: int) -> None:
+        """Of the batch's backward only the first `num_steps` steps have been computed; call it before `update`."""
+        if num_steps < len(batch.backwards):
+            self.finetuning.give_back(batch, num_steps)
 
     def update(self, batch: Batch, sampled: list[Sampled], now_s: float) -> list[Progress]:
         """Counts what was computed; returns the sequences that got a token or came to their end."""

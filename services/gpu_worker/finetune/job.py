@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import accumulate, pairwise
 
 from services.gpu_worker.finetune.dataset import epoch_order
 
@@ -49,19 +50,31 @@ class Examples:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSequence:
-    """Examples packed end to end: example j is the tokens [boundaries[j], boundaries[j + 1])."""
+    """Examples packed end to end: example j is the tokens [boundaries[j], boundaries[j + 1]). The last `filler` tokens
+    are nobody's and teach nothing: with them sequences, and so windows, have few different sizes, for each of which
+    libraries prepare something."""
 
     examples: tuple[int, ...]
     boundaries: tuple[int, ...]
     evaluation: bool = False
+    filler: int = 0
 
     @property
     def num_tokens(self) -> int:
+        """With the filler."""
+        return self.num_example_tokens + self.filler
+
+    @property
+    def num_example_tokens(self) -> int:
         return self.boundaries[-1]
 
+    def examples_in(self, start: int, end: int) -> int:
+        """Tokens of [start, end) that are examples'."""
+        return min(end, self.num_example_tokens) - min(start, self.num_example_tokens)
+
     def parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """(example start, a, b) of each piece of [start, end) that lies in one example."""
-        for begin, stop in zip(self.boundaries, self.boundaries[1:], strict=False):
+        """(example start, a, b) of each piece of [start, end) that lies in one example, or in the filler."""
+        for begin, stop in pairwise((*self.boundaries, self.num_tokens)):
             a, b = max(begin, start), min(stop, end)
             if a < b:
                 yield begin, a, b
@@ -102,6 +115,7 @@ class FinetuneJob:
     validation: Examples | None
     num_layers: int
     max_tokens_in_flight: int
+    grain: int = 1  # of which sequences are multiples, where they have room for filler
     weight: float = 1.0
     trains_layers: bool = True  # else the loss alone has gradients, and nothing goes backward
     step: int = 0  # optimizer steps done
@@ -181,16 +195,19 @@ class FinetuneJob:
         if self._evaluation_due():
             assert self.validation is not None
             indices = list(range(len(self.validation)))
-            self.sequences = pack(
-                indices, self.validation.lengths, self.max_tokens_in_flight, evaluation=True
-            )
+            self.sequences = self._pack(indices, self.validation, evaluation=True)
             self.phase = Phase.FORWARD
         elif self.step >= self.total_steps:
             self.sequences, self.phase = [], Phase.DONE
         else:
             chosen = self.step_examples(self.step)
-            self.sequences = pack(chosen, self.training.lengths, self.max_tokens_in_flight)
+            self.sequences = self._pack(chosen, self.training)
             self.phase = Phase.FORWARD
+
+    def _pack(
+        self, indices: list[int], examples: Examples, evaluation: bool = False
+    ) -> list[TrainingSequence]:
+        return pack(indices, examples.lengths, self.max_tokens_in_flight, self.grain, evaluation)
 
     def _evaluation_due(self) -> bool:
         if self.validation is None or self.evaluated_step == self.step:
@@ -215,11 +232,20 @@ class FinetuneJob:
     def complete(self, window: Window) -> None:
         """Moves past a window that `next_forward` or `next_backward` gave."""
         depth = self.num_layers if window.layer is None else 1
-        self.served_tokens += window.num_tokens * depth / self.weight
+        num_tokens = self.sequence.examples_in(window.start, window.end)
+        self.served_tokens += num_tokens * depth / self.weight
         if window.layer is None:
             self._complete_forward(window)
         else:
             self._complete_backward(window)
+
+    def take_back(self, sequence: TrainingSequence, window: Window) -> None:
+        """Stands before a step of the backward again, which has been completed but not computed; of several the last
+        one first."""
+        assert window.layer is not None
+        self.served_tokens -= sequence.examples_in(window.start, window.end) / self.weight
+        self.sequence_index = next(i for i, own in enumerate(self.sequences) if own is sequence)
+        self.phase, self.layer, self.position = Phase.BACKWARD, window.layer, window.end
 
     def _complete_forward(self, window: Window) -> None:
         self.position = window.end
@@ -273,9 +299,10 @@ class FinetuneJob:
 
 
 def pack(
-    indices: list[int], lengths: list[int], limit: int, evaluation: bool = False
+    indices: list[int], lengths: list[int], limit: int, grain: int = 1, evaluation: bool = False
 ) -> list[TrainingSequence]:
-    """Packs examples, in order, into as few training sequences of at most `limit` tokens as that order allows."""
+    """Packs examples, in order, into as few training sequences of at most `limit` tokens as that order allows; filled
+    up to a multiple of `grain`, or to the limit."""
     packs: list[list[int]] = []
     room = 0
     for index in indices:
@@ -284,14 +311,20 @@ def pack(
             room = limit
         packs[-1].append(index)
         room -= lengths[index]
-    return [_sequence(examples, lengths, evaluation) for examples in packs]
+    return [_sequence(examples, lengths, limit, grain, evaluation) for examples in packs]
 
 
-def _sequence(examples: list[int], lengths: list[int], evaluation: bool) -> TrainingSequence:
-    boundaries = [0]
-    for index in examples:
-        boundaries.append(boundaries[-1] + lengths[index])
-    return TrainingSequence(tuple(examples), tuple(boundaries), evaluation)
+def _sequence(
+    examples: list[int], lengths: list[int], limit: int, grain: int, evaluation: bool
+) -> TrainingSequence:
+    boundaries = [0, *accumulate(lengths[index] for index in examples)]
+    filler = filled(boundaries[-1], limit, grain) - boundaries[-1]
+    return TrainingSequence(tuple(examples), tuple(boundaries), evaluation, filler)
+
+
+def filled(num_tokens: int, limit: int, grain: int) -> int:
+    """Tokens of a sequence with its filler."""
+    return min(limit, -(-num_tokens // grain) * grain)
 
 
 def schedule_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.finetune.backward import GradientState
-from services.gpu_worker.finetune.job import Examples, JobConfig
+from services.gpu_worker.finetune.job import Examples, JobConfig, filled
 from services.gpu_worker.finetune.policies import LayerPolicies, fit, least_bytes_within
 from services.gpu_worker.finetune.sequence_tensors import window_bytes
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
@@ -122,8 +122,9 @@ class JobPlanner:
         training: Examples,
         validation: Examples | None,
         num_lanes: int = 1,
+        grain: int = 1,
     ) -> None:
-        self._compiled, self._num_lanes = compiled, num_lanes
+        self._compiled, self._num_lanes, self._grain = compiled, num_lanes, grain
         self._model, self._dtype = weights.config, weights.dtype
         self._parameters = parameter_bytes(weights, compiled.method, compiled.layout)
         held_out = validation.lengths if validation else []
@@ -145,7 +146,7 @@ class JobPlanner:
         return self._with_parking(found, room)
 
     def _with_parking(self, plan: JobPlan, room: Room) -> JobPlan:
-        model, tokens = self._model, min(plan.max_tokens, self._most_packed)
+        model, tokens = self._model, self._filled(self._most_packed, plan.max_tokens)
         cache = tokens * 2 * model.num_layers * model.kv_size * self._dtype.itemsize
         if plan.memory.host_bytes + cache > room.host:
             return plan
@@ -159,7 +160,7 @@ class JobPlanner:
             lean = self._plan(self._lean, max_tokens, 0).memory
             others = lean.device_bytes - lean.activations
             aim, most = room.aim - others, room.most - others
-        tokens = min(max_tokens, self._most_trained)
+        tokens = self._filled(self._most_trained, max_tokens)
         in_time = math.ceil(tokens * least_bytes_within(self._compiled, room.step_flops))
         num_bytes = min(room.activations or max(aim, in_time), most)
         policies = fit(self._compiled, num_bytes / tokens)
@@ -177,15 +178,20 @@ class JobPlanner:
         plans = [self._plan(self._lean, lengths[0], depth) for depth in depths]
         return next((plan for plan in plans if _fits(plan, room)), plans[-1])
 
+    def _filled(self, num_tokens: int, max_tokens: int) -> int:
+        return filled(min(num_tokens, max_tokens), max_tokens, self._grain)
+
     def _plan(self, policies: LayerPolicies, max_tokens: int, num_host_layers: int) -> JobPlan:
-        tokens = min(max_tokens, self._most_trained)
+        tokens = self._filled(self._most_trained, max_tokens)
         kept = policies.reserve.layer_bytes(self._dtype)
         memory = replace(
             self._parameters,
             activations=tokens * sum(kept[num_host_layers:]),
             host_activations=tokens * sum(kept[:num_host_layers]),
             accumulators=tokens * GradientState.bytes_per_token(self._model, self._dtype, self._num_lanes),
-            windows=window_bytes(self._model, self._dtype, min(max_tokens, self._most_packed), self._longest),
+            windows=window_bytes(
+                self._model, self._dtype, self._filled(self._most_packed, max_tokens), self._longest
+            ),
         )
         return JobPlan(policies, max_tokens, num_host_layers, memory)
 

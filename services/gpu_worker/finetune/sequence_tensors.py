@@ -21,7 +21,8 @@ MAX_CACHED_WINDOWS = 32
 
 
 class SequenceTensors:
-    """Of one training sequence whose examples stand behind `num_virtual_tokens` each. Labels are shifted."""
+    """Of one training sequence whose examples stand behind `num_virtual_tokens` each. Labels are shifted; filler has
+    none, and positions behind those of virtual tokens."""
 
     def __init__(
         self,
@@ -34,9 +35,11 @@ class SequenceTensors:
         examples = [_with_virtual(*dataset.example(i), num_virtual_tokens) for i in sequence.examples]
         self.sequence = sequence
         self._config, self._cache = config, cache
-        self.tokens = self._on_device([tokens.astype(np.int64) for tokens, _ in examples])
-        self.labels = self._on_device([labels for _, labels in examples])
-        self.positions = self._on_device([np.arange(len(tokens)) for tokens, _ in examples])
+        filler = np.zeros(sequence.filler, np.int64)
+        last = num_virtual_tokens + np.arange(sequence.filler)
+        self.tokens = self._on_device([*(tokens.astype(np.int64) for tokens, _ in examples), filler])
+        self.labels = self._on_device([*(labels for _, labels in examples), filler - 100])
+        self.positions = self._on_device([*(np.arange(len(tokens)) for tokens, _ in examples), last])
         self._windows: dict[tuple[int, int], PagedWindow] = {}
         self._lock = Lock()  # lanes ask for windows at once
         self._parked: Tensor | None = None  # keys and values, from KVCache.save

@@ -300,7 +300,7 @@ class Trainer:
             raise TrainingDiverged(
                 f"the gradient was not finite in {self.skipped_steps} steps in a row, up to step {job.step + 1}"
             )
-        num_tokens = sum(sequence.num_tokens for sequence in job.sequences)
+        num_tokens = sum(sequence.num_example_tokens for sequence in job.sequences)
         self.trained_tokens += num_tokens
         return StepReport(job.step + 1, rate, norm, loss, accuracy, num_tokens=num_tokens)
 
