@@ -4,7 +4,7 @@ PYTEST_WORKERS ?= 2
 RUN := .venv/bin/python
 INSTALLED := .venv/.flexllm-installed
 
-BENCHMARKS := scheduler latency peers coserve serving memory quantised
+BENCHMARKS := scheduler latency peers overhead coserve serving memory quantised
 MODEL := .flexllm/models/SmolLM2-135M-Instruct
 
 .PHONY: demo up test lint format settings-table docs-plans bench $(BENCHMARKS:%=bench-%) clean
