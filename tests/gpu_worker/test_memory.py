@@ -19,7 +19,7 @@ from services.gpu_worker.engine.memory_watch import INTERVAL_S
 from services.gpu_worker.engine.model_runner import RunResult
 from services.gpu_worker.engine.pressure import Pressure
 from services.gpu_worker.engine.sequence import Sampling
-from services.gpu_worker.finetune.job import JobConfig, Phase
+from services.gpu_worker.finetune.job import JobConfig, Phase, filled
 from services.gpu_worker.model.peft import BottleneckConfig, LoraConfig, Method, PrefixConfig
 from services.gpu_worker.model.weights import load_weights
 from services.gpu_worker.plan import Request
@@ -137,7 +137,8 @@ def test_metrics_account_and_plan_agree(folder: Path) -> None:
     }
     assert exported == account.device
     config = json.loads((folder / "config.json").read_text())
-    request = Request("tiny", config, LORA, torch.float32, sum(LENGTHS), 32, budget_bytes=1 << 30)
+    num_tokens = filled(sum(LENGTHS), engine.config.finetune_tokens_in_flight, engine.admission.grain)
+    request = Request("tiny", config, LORA, torch.float32, num_tokens, 32, budget_bytes=1 << 30)
     plan = Planner(request).plan()
     tables = 2 * engine.model.cos.nbytes
     planned = {

@@ -135,7 +135,7 @@ class Scheduler:
         windows are slow on their own; a backward has many small products, which spread badly over cores."""
         if self.lane_latency is None or turn is Turn.FINETUNING or not (self.running or self.waiting):
             return self.lane_latency is not None
-        if all(job.phase is Phase.FORWARD for job in self.jobs):
+        if self.finetuning.first_in_turn.phase is Phase.FORWARD:
             return False
         self._current = self.lane_latency
         decodes_ms = self.lane_latency.forward_ms(decode_work(decodes))
