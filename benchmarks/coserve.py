@@ -249,7 +249,7 @@ def by_peft(setting: Setting) -> float:
     engine = make_engine(setting, *POLICIES["coserve"])
     loop = Training(setting.model, setting.dtype, engine, load_examples(setting.model))
     loop.ours()
-    return loop.theirs()
+    return loop.theirs().rate
 
 
 def show(results: dict[str, Any]) -> None:
