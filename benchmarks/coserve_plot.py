@@ -14,7 +14,7 @@ def draw(results: dict[str, Any]) -> Path:
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     policies = dict.fromkeys(cell["policy"] for cell in results["cells"])
-    for policy, marker in zip(policies, "osv^D*", strict=False):
+    for policy, marker in zip(policies, "osv^D*P", strict=False):
         cells = [cell for cell in results["cells"] if cell["policy"] == policy]
         times = [cell["tpot_ms"]["p99"] for cell in cells]
         trained = [cell["finetuning_tokens_per_s"] for cell in cells]
