@@ -1,8 +1,8 @@
 """Two threads that compute an iteration's parts at once, each with half of a CPU's cores.
 
-A decode reads all weights for a few rows, which one core does nearly as fast as two, and what lies between large
-products does not spread over cores at all. So a lane that serves and a lane that trains, or two that train, get
-more done than all cores on one after the other.
+A decode reads all weights for a few rows, which one core does nearly as fast as two, and the many small products of a
+backward spread badly over cores. So a lane that serves and a lane that trains, or two that train, can get more done
+than all cores on one after the other.
 """
 
 from __future__ import annotations

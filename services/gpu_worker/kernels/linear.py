@@ -47,8 +47,8 @@ class FrozenLinear(ABC):
 class DenseLinear(FrozenLinear):
     """`weight` [out, in] in the model's dtype.
 
-    On a CPU products are oneDNN's: those of float32, which torch leaves to MKL, took twice as long there on an AMD
-    processor. A bfloat16 weight is also kept in oneDNN's own layout. From a plain one it is laid out anew in every
+    On a CPU products are oneDNN's: those of float32, which torch leaves to MKL, took longer there on an AMD processor.
+    A bfloat16 weight is also kept in oneDNN's own layout. From a plain one it is laid out anew in every
     call, which for the few rows of a decode takes half as long as the product itself.
     """
 
