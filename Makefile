@@ -7,7 +7,7 @@ INSTALLED := .venv/.flexllm-installed
 BENCHMARKS := scheduler latency peers overhead coserve serving memory quantised
 MODEL := .flexllm/models/SmolLM2-135M-Instruct
 
-.PHONY: demo up test lint format settings-table docs-plans bench $(BENCHMARKS:%=bench-%) clean
+.PHONY: demo up test lint format settings-table docs-plans bench bench-gpu $(BENCHMARKS:%=bench-%) clean
 
 demo: $(INSTALLED)
 	.venv/bin/flexllm demo
@@ -40,6 +40,10 @@ bench: bench-scheduler bench-latency bench-peers bench-coserve bench-serving
 # as a worker of `flexllm up` runs (services/stack.py)
 $(BENCHMARKS:%=bench-%): bench-%: $(INSTALLED) $(MODEL)
 	GOMP_SPINCOUNT=20000 ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192 $(RUN) -m benchmarks.$*
+
+# on a GPU, with what is installed there: nothing but torch, triton, numpy, safetensors and transformers is needed
+bench-gpu:
+	$(or $(PYTHON),$(if $(wildcard $(RUN)),$(RUN),python3)) -m benchmarks.gpu
 
 $(MODEL): | $(INSTALLED)
 	.venv/bin/flexllm models pull

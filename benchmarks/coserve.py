@@ -13,12 +13,9 @@ policies take turns.
 from __future__ import annotations
 
 import multiprocessing
-import random
 import statistics
 import tempfile
-import time
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import coserve_plot
-from benchmarks.arrivals import Arrival, arrivals
+from benchmarks.arrivals import arrivals
 from benchmarks.peers.finetuning import RANK, TARGETS, Training, load_examples
+from benchmarks.replay import Run
 from benchmarks.report import save
 from services.gpu_worker.engine.engine import Engine, EngineConfig
 from services.gpu_worker.engine.scheduler import SchedulerConfig
-from services.gpu_worker.engine.sequence import LONGEST_GAP, Sampling
 from services.gpu_worker.engine.sharing import SharingName
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.job import JobConfig
@@ -67,26 +64,6 @@ class Setting:
     profile_dir: Path  # of iteration times, which all engines share
 
 
-@dataclass(slots=True)
-class Served:
-    """Times of one request's tokens, seconds after it came."""
-
-    arrival: Arrival
-    tokens_s: list[float] = field(default_factory=list)
-
-    @property
-    def ttft_ms(self) -> float:
-        return self.tokens_s[0] * 1000
-
-    @property
-    def gaps_ms(self) -> list[float]:
-        return [(after - before) * 1000 for before, after in pairwise(self.tokens_s)]
-
-    @property
-    def tpot_ms(self) -> float:
-        return (self.tokens_s[-1] - self.tokens_s[0]) * 1000 / (len(self.tokens_s) - 1)
-
-
 def make_engine(setting: Setting, sharing: SharingName, period: int, lanes: bool = True) -> Engine:
     limits = SchedulerConfig(
         max_num_seqs=32,
@@ -113,76 +90,6 @@ def make_engine(setting: Setting, sharing: SharingName, period: int, lanes: bool
 
 def add_job(engine: Engine, setting: Setting) -> None:
     engine.add_job("job", JOB, LoraConfig(RANK, 2 * RANK, TARGETS), load_examples(setting.model))
-
-
-def trained_tokens(engine: Engine) -> float:
-    """Forward and backward through all layers; what has gone half of the way counts half."""
-    job = engine.job("job")
-    return job.served_tokens * job.weight / (2 * job.num_layers)
-
-
-@dataclass(slots=True)
-class Run:
-    """An engine that serves requests as they arrive, and works on its job in between."""
-
-    engine: Engine
-    requests: dict[str, Served] = field(default_factory=dict)
-    busy_s: float = 0.0  # in iterations, while requests arrived
-    rate: float = 0.0  # tokens a second of finetuning, in the same time
-
-    def play(self, coming: list[Arrival], seconds: float) -> None:
-        """The last requests are waited for."""
-        rng, before, has_ended = random.Random(1), trained_tokens(self.engine), False
-        waiting, num_open, started = coming[::-1], 0, time.perf_counter()
-        while waiting or num_open or not has_ended:
-            now = time.perf_counter() - started
-            if now >= seconds and not has_ended:
-                has_ended, self.rate = True, (trained_tokens(self.engine) - before) / now
-            while waiting and waiting[-1].at_s <= now:
-                self._add(waiting.pop(), rng)
-                num_open += 1
-            if not self.engine.has_work:
-                time.sleep(0.0005)
-                continue
-            result = self.engine.step()
-            after = time.perf_counter() - started
-            self.busy_s += 0.0 if has_ended else result.stats.timing.total_ms / 1000
-            for event in result.tokens:
-                request = self.requests[event.request_id]
-                request.tokens_s.append(after - request.arrival.at_s)
-                num_open -= event.finish is not None
-
-    def _add(self, arrival: Arrival, rng: random.Random) -> None:
-        name = f"r{len(self.requests)}"
-        self.requests[name] = Served(arrival)
-        prompt = [rng.randrange(100, 40_000) for _ in range(arrival.prompt_tokens)]
-        self.engine.add(name, prompt, Sampling(max_tokens=arrival.output_tokens), cache_salt=name)
-
-    def report(self, slo: SLO, seconds: float) -> dict[str, Any]:
-        served = list(self.requests.values())
-        in_time = [(r.tpot_ms <= slo.tpot_ms, r.ttft_ms <= slo.ttft_ms) for r in served]
-        steady = [max(r.gaps_ms) <= LONGEST_GAP * slo.tpot_ms for r in served]
-        return {
-            "requests": len(served),
-            "attainment": {
-                "tpot": statistics.mean(tpot for tpot, _ in in_time),
-                "ttft": statistics.mean(ttft for _, ttft in in_time),
-                "both": statistics.mean(map(all, in_time)),
-                "steady": statistics.mean(map(all, zip(map(all, in_time), steady, strict=True))),
-            },
-            "tpot_ms": percentiles([r.tpot_ms for r in served]),
-            "ttft_ms": percentiles([r.ttft_ms for r in served]),
-            "gap_ms": percentiles([gap for r in served for gap in r.gaps_ms]),
-            "inference_tokens_per_s": sum(r.arrival.prompt_tokens + r.arrival.output_tokens for r in served)
-            / seconds,
-            "finetuning_tokens_per_s": self.rate,
-            "busy_share": self.busy_s / seconds,
-        }
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return {"p50": cuts[49], "p99": cuts[98]}
 
 
 @dataclass(slots=True)

@@ -41,7 +41,7 @@ from services.gpu_worker.model.parallel import ALONE, Group
 from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens
 from services.gpu_worker.model.peft_files import read_peft, write_peft
 from services.gpu_worker.model.transformer import VIRTUAL_TOKEN, Transformer
-from services.gpu_worker.model.weights import MakeLinear, load_weights
+from services.gpu_worker.model.weights import MakeLinear, ModelWeights, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -123,15 +123,20 @@ class StepResult:
 
 
 class Engine:
-    def __init__(self, config: EngineConfig, group: Group = ALONE) -> None:
-        """Of several ranks each has an engine with its part of the model; `engine/group.py` keeps them in step."""
+    def __init__(
+        self, config: EngineConfig, group: Group = ALONE, weights: ModelWeights | None = None
+    ) -> None:
+        """Of several ranks each has an engine with its part of the model; `engine/group.py` keeps them in step.
+
+        `weights`, already on the device, stand in for those of `model_dir`, which is not read then.
+        """
         self.config = config
         self.group = group
         device = device_of(config.device)
         if device.type == "cpu" and config.num_threads:
             torch.set_num_threads(config.num_threads)
         make = _make_linear(config)
-        weights = load_weights(config.model_dir, _dtype(config.dtype, device), device, make, group)
+        weights = weights or load_weights(config.model_dir, _dtype(config.dtype, device), device, make, group)
         self.max_model_len = min(config.scheduler.max_model_len, weights.config.max_position)
         longest = max(self.max_model_len, min(config.finetune_tokens_in_flight, weights.config.max_position))
         self.model = Transformer(weights, longest)

@@ -1,0 +1,179 @@
+"""Memory of finetuning one long sequence: the engine beside its plan, and beside autograd."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+import torch
+
+from benchmarks.gpu.autograd import AutogradLoop
+from benchmarks.gpu.bench import GIB, JOB, METHOD, Bench, Row
+from services.gpu_worker.baseline import LiveBytes
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.finetune.policies import LayerPolicies
+from services.gpu_worker.plan import Request
+from services.gpu_worker.planner import Planner
+
+MOST_OFF = 0.02  # of what was planned
+
+
+@dataclass(slots=True)
+class Meter:
+    """Bytes that tensors take beyond what was there when it was entered: now, and at the most. On a CPU, which keeps
+    no account, those that operations make."""
+
+    device: torch.device
+    _before: int = 0
+    _live: LiveBytes = field(default_factory=LiveBytes)
+
+    def __enter__(self) -> Meter:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.device.type != "cuda":
+            self._live.__exit__(kind, error, trace)
+
+    @property
+    def now(self) -> int:
+        if self.device.type != "cuda":
+            return self._live.now
+        return torch.cuda.memory_allocated(self.device) - self._before
+
+    @property
+    def peak(self) -> int:
+        if self.device.type != "cuda":
+            return self._live.peak
+        return torch.cuda.max_memory_allocated(self.device) - self._before
+
+
+def memory(bench: Bench) -> Iterator[Row]:
+    """The richest policy that fits, the one that the engine chooses, and the leanest; then autograd's loops."""
+    for name in ("chosen", "leanest", "richest"):
+        yield _ours(bench, name)
+    for checkpointing in (True, False):
+        yield _theirs(bench, checkpointing)
+
+
+def _ours(bench: Bench, name: str) -> Row:
+    """A first step makes the buffers and the optimizer's moments; a second one is measured for its speed."""
+    tokens = bench.scale.memory_tokens
+    options = {"finetune_tokens_in_flight": tokens, "activation_bytes": 0, "offload_activations": "never"}
+    if name != "chosen":
+        compiled = _policies(bench)
+        options["activation_bytes"] = tokens * compiled[0 if name == "richest" else -1]
+    job = replace(JOB, batch_size=1)
+    with bench.engine(**options, max_finetune_jobs=1) as engine, Meter(bench.device) as meter:
+        engine.add_job("job", job, METHOD, bench.dataset(2, tokens))
+        _step(engine)
+        bench.synchronize()
+        peak = meter.peak
+        started = time.perf_counter()
+        _step(engine)
+        bench.synchronize()
+        taken = time.perf_counter() - started
+        return _our_row(bench, engine, name, peak, taken)
+
+
+def _policies(bench: Bench) -> list[int]:
+    """Bytes a token that each of the method's policies keeps in all layers, the richest first."""
+    planner = _planner(bench, None)
+    uniform = (LayerPolicies.uniform(planner.compiled, policy) for policy in planner.compiled.policies)
+    return [own.reserve.bytes_per_token(bench.weights.dtype) for own in uniform]
+
+
+def _planner(bench: Bench, budget: int | None) -> Planner:
+    """As `flexllm plan` has it."""
+    request = Request(
+        "benchmark",
+        bench.hf_config,
+        METHOD,
+        bench.weights.dtype,
+        bench.scale.memory_tokens,
+        min(bench.scale.train_tokens, bench.scale.memory_tokens),
+        budget_bytes=budget,
+    )
+    return Planner(request)
+
+
+def _our_row(bench: Bench, engine: Engine, name: str, peak: int, taken: float) -> Row:
+    held, admitted = engine.runner.trainers["job"].memory, engine.admission.plan_of("job").memory
+    planner = _planner(bench, admitted.activations)
+    plan = planner.memory(planner.policies)
+    expected = admitted.activations, plan.activation_bytes
+    off = max(abs(held.activations / planned - 1) for planned in expected)
+    planned_peak = plan.peak_bytes - plan.kv_bytes + planner.adapter().total_bytes
+    tokens = bench.scale.memory_tokens
+    return {
+        "who": f"FlexLLM, {name}",
+        "tokens": tokens,
+        "kept KiB/token": (held.activations / tokens + bench.kv_bytes) / 1024,
+        "peak GiB": peak / GIB,
+        "planned GiB": planned_peak / GIB,
+        "kept / planned - 1": off,
+        "ok": off <= MOST_OFF,
+        "tokens/s": tokens / taken,
+    }
+
+
+def _step(engine: Engine) -> None:
+    """One optimizer step."""
+    while True:
+        for event in engine.step().jobs:
+            if event.error is not None:
+                raise event.error
+            if event.report is not None and event.report.train_loss is not None:
+                return
+
+
+def _theirs(bench: Bench, checkpointing: bool) -> Row:
+    """On the longest half, quarter, ... of the sequence that fits; what does not fit is said."""
+    tokens = bench.scale.memory_tokens
+    while tokens > 1:
+        try:
+            return _their_row(bench, checkpointing, tokens)
+        except torch.cuda.OutOfMemoryError:
+            print(
+                f"  autograd, {'with' if checkpointing else 'without'} checkpointing, {tokens} tokens: out of memory"
+            )
+        tokens //= 2
+    raise RuntimeError("autograd's loop does not fit at any length")
+
+
+def _their_row(bench: Bench, checkpointing: bool, tokens: int) -> Row:
+    """Kept: after the forward, logits included."""
+    bench.clean()
+    example = bench.dataset(1, tokens).tokens[None]
+    with Meter(bench.device) as meter:
+        loop = AutogradLoop(bench.hf_config, bench.weights, JOB, checkpointing=checkpointing)
+        before = meter.now
+        loss = loop.forward(example)
+        kept = meter.now - before
+        del loss
+        loop.step(example)
+        bench.synchronize()
+        peak = meter.peak
+        started = time.perf_counter()
+        loop.step(example)
+        bench.synchronize()
+        taken = time.perf_counter() - started
+    return {
+        "who": f"{loop.name}{', checkpointing' if checkpointing else ''}",
+        "tokens": tokens,
+        "kept KiB/token": kept / tokens / 1024,
+        "peak GiB": peak / GIB,
+        "planned GiB": None,
+        "kept / planned - 1": None,
+        "ok": None,
+        "tokens/s": tokens / taken,
+    }

@@ -1,0 +1,96 @@
+"""Serving and finetuning at once on the trace of a real service, and taking turns instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.arrivals import Arrival, arrivals
+from benchmarks.gpu.bench import Bench, Row
+from benchmarks.replay import Run
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.sharing import SharingName
+from services.gpu_worker.engine.slo import SLO
+
+TRACE_RATE = 3.0  # requests a second that every part of the trace has; faster than that it is played faster
+AIMS = {(50.0, 5.0): (0.99, 0.85), (50.0, 20.0): (0.99, 0.60)}  # (TPOT, rate): attainment, share kept
+WARM_UP_S = 0.3  # of measuring
+
+
+def coserving(bench: Bench) -> Iterator[Row]:
+    """The same requests at every service level; beside it without finetuning."""
+    scale = bench.scale
+    yield from _runs(bench, "coserve", 0, scale.tpot_ms[0], scale.rates)
+    yield from _runs(bench, "inference-only", 0, scale.tpot_ms[0], scale.rates)
+    for tpot_ms in scale.tpot_ms[1:]:
+        yield from _runs(bench, "coserve", 0, tpot_ms, scale.rates)
+
+
+def temporal(bench: Bench) -> Iterator[Row]:
+    """One whole training sequence after so many iterations of inference."""
+    scale = bench.scale
+    for period in scale.periods:
+        sharing: SharingName = "temporal" if period else "temporal-dynamic"
+        yield from _runs(bench, sharing, period or 64, scale.tpot_ms[0], scale.period_rates)
+
+
+def _runs(
+    bench: Bench, sharing: SharingName, period: int, tpot_ms: float, rates: tuple[float, ...]
+) -> Iterator[Row]:
+    slo = SLO(tpot_ms, bench.scale.ttft_ms)
+    name = f"{sharing} {period}" if sharing == "temporal" else sharing
+    with bench.engine(slo=slo, sharing=sharing, period=period) as engine:
+        bench.add_job(engine)
+        if sharing == "coserve":
+            _find_alone(bench, engine)
+        for rate in rates:
+            yield {"policy": name, "TPOT limit": tpot_ms, **measure(bench, engine, slo, rate)}
+
+
+def _find_alone(bench: Bench, engine: Engine) -> None:
+    """Finetuning with nobody beside it, which also warms up."""
+    run = Run(engine)
+    run.play([], WARM_UP_S * bench.scale.train_s)
+    run.play([], bench.scale.train_s)
+    bench.found["alone"] = max(bench.found.get("alone", 0.0), run.rate)
+
+
+def requests(bench: Bench, rate: float) -> list[Arrival]:
+    """Bursts and lengths of the trace, thinned to a rate, or played faster."""
+    faster = max(1.0, rate / TRACE_RATE)
+    seconds = bench.scale.trace_s
+    found = arrivals(rate / faster, seconds * faster, bench.scale.context)
+    return [Arrival(one.at_s / faster, one.prompt_tokens, one.output_tokens) for one in found]
+
+
+def measure(bench: Bench, engine: Engine, slo: SLO, rate: float) -> Row:
+    scale, run = bench.scale, Run(engine)
+    run.play(requests(bench, rate), scale.trace_s, scale.wait_s)
+    if not run.requests:
+        raise RuntimeError(f"at {rate:g} requests/s none of {run.num_unfinished} was served in time")
+    return _row(bench, run.report(slo, scale.trace_s), run, slo, rate)
+
+
+def _row(bench: Bench, found: dict[str, Any], run: Run, slo: SLO, rate: float) -> Row:
+    trained, served = found["finetuning_tokens_per_s"], found["inference_tokens_per_s"]
+    kept, taken = bench.ratio(trained, "alone"), bench.ratio(served, "prefill")
+    attained = found["attainment"]["both"]
+    is_ours = run.engine.config.scheduler.sharing == "coserve"
+    aim = AIMS.get((slo.tpot_ms, rate)) if is_ours else None
+    reached = attained >= aim[0] and kept >= aim[1] if aim and kept is not None else None
+    return {
+        "req/s": rate,
+        "requests": found["requests"],
+        "unfinished": run.num_unfinished,
+        "attained": attained,
+        "steady": found["attainment"]["steady"],
+        "TPOT p50": found["tpot_ms"]["p50"],
+        "p99": found["tpot_ms"]["p99"],
+        "TTFT p99": found["ttft_ms"]["p99"],
+        "served tok/s": served,
+        "trained tok/s": trained,
+        "kept": kept,
+        "possible": None if taken is None else max(0.0, 1 - taken),
+        "aims": " / ".join(f"{part:.0%}" for part in aim) if aim else None,
+        "reached": reached,
+    }

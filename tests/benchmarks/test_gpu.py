@@ -1,0 +1,100 @@
+"""The benchmark for GPUs runs from end to end on a CPU, with no more than a bare machine has."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ABSENT = (
+    "pydantic",
+    "pydantic_settings",
+    "redis",
+    "rich",
+    "typer",
+    "peft",
+    "httpx",
+    "structlog",
+    "orjson",
+    "pytest",
+)
+BARE = """
+import runpy, sys
+for name in {absent}:
+    sys.modules[name] = None  # an import of it fails
+runpy.run_module("benchmarks.gpu", run_name="__main__")
+"""
+FIGURES = {  # that have to be positive in every row
+    "kernels": ("torch", "limit"),
+    "decode": ("batch", "TPOT p50 ms", "floor ms", "x floor", "tokens/s"),
+    "prefill": ("tokens/s", "of ceiling"),
+    "finetuning": ("tokens/s", "of ceiling", "of ceiling with it"),
+    "coserving": ("requests", "TPOT p50", "p99", "served tok/s"),
+    "temporal": ("requests", "TPOT p50", "trained tok/s", "kept"),
+    "memory": ("kept KiB/token", "peak GiB", "tokens/s"),
+    "losses": ("first", "last", "its last"),
+    "profile": ("device ms", "share", "launches"),
+}
+
+
+def run(path: Path, *options: str, absent: tuple[str, ...] = ABSENT) -> tuple[int, dict[str, Any], str]:
+    """Exit code, the file, and what was printed."""
+    command = [
+        sys.executable,
+        "-c",
+        BARE.format(absent=absent),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--output",
+        str(path),
+        *options,
+    ]
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    own |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
+    assert path.exists(), done.stdout[-4000:] + done.stderr[-4000:]
+    return done.returncode, json.loads(path.read_text()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], str]:
+    return run(tmp_path_factory.mktemp("gpu") / "found.json")
+
+
+def test_it_runs_to_its_end_and_finds_nothing_wrong(whole: tuple[int, dict[str, Any], str]) -> None:
+    code, found, printed = whole
+    assert code == 0, printed[-4000:]
+    assert found["device"] == "cpu"
+    assert {"date", "torch", "python"} <= found["machine"].keys()
+
+
+@pytest.mark.parametrize("section", FIGURES)
+def test_every_section_has_figures(section: str, whole: tuple[int, dict[str, Any], str]) -> None:
+    own = whole[1]["sections"][section]
+    assert own["error"] is None
+    assert own["rows"]
+    for row in own["rows"]:
+        assert all(row[name] > 0 for name in FIGURES[section] if row[name] is not None), row
+        assert any(row[name] is not None for name in FIGURES[section])
+
+
+def test_what_is_kept_is_what_was_planned(whole: tuple[int, dict[str, Any], str]) -> None:
+    rows = whole[1]["sections"]["memory"]["rows"]
+    assert [row["ok"] for row in rows if row["who"].startswith("FlexLLM")] == [True] * 3
+
+
+def test_a_section_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    """Nothing can be compared with transformers where it is not there."""
+    sections = ("--only", "losses", "--only", "ceilings")
+    code, found, printed = run(tmp_path / "found.json", *sections, absent=(*ABSENT, "transformers"))
+    assert code == 1
+    assert "import of transformers halted" in found["sections"]["losses"]["error"]
+    assert len(found["sections"]["ceilings"]["rows"]) == 4
+    assert "FAIL: section losses" in printed
