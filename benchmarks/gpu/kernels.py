@@ -76,7 +76,7 @@ def kernels(bench: Bench) -> Iterator[Row]:
         for dtype in check.dtypes:
             if is_interpreted and dtype == torch.bfloat16:
                 continue  # the interpreter computes it wrong
-            yield _row(check, dtype, bench.device, runs)
+            yield result_of(check, dtype, bench.device, runs)
 
 
 def _triton_runs(device: torch.device) -> tuple[bool, bool]:
@@ -89,7 +89,8 @@ def _triton_runs(device: torch.device) -> tuple[bool, bool]:
     return is_interpreted or device.type == "cuda", is_interpreted
 
 
-def _row(check: Check, dtype: torch.dtype, device: torch.device, runs: bool) -> Row:
+def result_of(check: Check, dtype: torch.dtype, device: torch.device, runs: bool) -> Row:
+    """`runs`: Triton's kernels do."""
     row: Row = {"kernel": check.name, "shape": check.shape, "dtype": str(dtype).removeprefix("torch.")}
     exact = check.call(check.plain, Numbers(dtype, torch.float64, device))
     twin = relative_error(check.call(check.plain, Numbers(dtype, dtype, device)), exact)

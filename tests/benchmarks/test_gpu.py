@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from benchmarks.gpu.kernels import Check, Numbers, relative_error, result_of
+from services.gpu_worker.kernels import adamw as plain_adamw
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (
@@ -43,7 +47,9 @@ FIGURES = {  # that have to be positive in every row
 }
 
 
-def run(path: Path, *options: str, absent: tuple[str, ...] = ABSENT) -> tuple[int, dict[str, Any], str]:
+def run(
+    path: Path, *options: str, absent: tuple[str, ...] = ABSENT, **environment: str
+) -> tuple[int, dict[str, Any], str]:
     """Exit code, the file, and what was printed."""
     command = [
         sys.executable,
@@ -57,7 +63,7 @@ def run(path: Path, *options: str, absent: tuple[str, ...] = ABSENT) -> tuple[in
         *options,
     ]
     own = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    own |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    own |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
     assert path.exists(), done.stdout[-4000:] + done.stderr[-4000:]
     return done.returncode, json.loads(path.read_text()), done.stdout
@@ -98,3 +104,25 @@ def test_a_section_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> No
     assert "import of transformers halted" in found["sections"]["losses"]["error"]
     assert len(found["sections"]["ceilings"]["rows"]) == 4
     assert "FAIL: section losses" in printed
+
+
+def test_every_kernel_is_compared_with_float64(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is there on Linux only")
+    code, found, _ = run(tmp_path / "found.json", "--only", "kernels", TRITON_INTERPRET="1")
+    rows = found["sections"]["kernels"]["rows"]
+    assert code == 0
+    assert len({row["kernel"] for row in rows}) == 9
+    assert all(0 < row["triton"] < 1e-6 for row in rows)
+
+
+def test_a_kernel_that_cannot_run_or_is_wrong_fails_by_itself() -> None:
+    def double(form: Any, draw: Numbers) -> list[torch.Tensor]:
+        return [draw(4) * (2 if draw.dtype == torch.float32 else 1)]
+
+    for module, problem in (("adamw", "None"), ("absent", "No module named")):
+        check = Check("doubled", "4", plain_adamw, module, double)
+        row = result_of(check, torch.float32, torch.device("cpu"), runs=True)
+        assert row["ok"] is False
+        assert problem in str(row["problem"])
+    with pytest.raises(ArithmeticError, match="not all results are numbers"):
+        relative_error([torch.tensor([float("nan")])], [torch.ones(1)])
