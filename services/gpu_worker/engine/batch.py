@@ -29,7 +29,7 @@ class Chunk:
         return chunk_work(self.start, self.num_tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class JobWindow:
     """A window of a job's training sequence, and in which lane it is computed."""
 

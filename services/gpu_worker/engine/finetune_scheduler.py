@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 from services.gpu_worker.engine.batch import Batch, JobWindow, Update, window_work
@@ -212,17 +212,15 @@ class _Filling:
         width = self._grid(sequence.num_tokens)
 
         def place(size: int) -> tuple[JobWindow, float]:
-            window, is_first = job.next_backward(size), job.layer == job.num_layers - 1
-            step_ms = cost_ms(window.start, window.end, is_first)
+            window = job.next_backward(size)
+            step_ms = cost_ms(window.start, window.end, window.layer == job.num_layers - 1)
             return self._place(JobWindow(job, sequence, window, expected_ms=step_ms), forwarded_ms)
 
         while job.phase is Phase.BACKWARD:
-            size = self._backward_size(
-                job.position, width, lambda size: place(size)[1] <= self._lanes_limit_ms
-            )
-            if not size:
+            placed = self._largest_step(job.position, width, place)
+            if placed is None:
                 return
-            step, end_ms = place(size)
+            step, end_ms = placed
             job.complete(step.window)
             batch.backwards.append(step)
             batch.lanes_ms[step.lane] = end_ms
@@ -248,21 +246,23 @@ class _Filling:
                 starts_ms[1 - earlier.lane] = max(starts_ms[1 - earlier.lane], end_ms)
                 if len(seen) == len(lanes_ms):
                     break
-        lane = min(range(len(lanes_ms)), key=lambda lane: (starts_ms[lane], -lanes_ms[lane]))
-        return replace(step, lane=lane), starts_ms[lane] + step.expected_ms
+        step.lane = min(range(len(lanes_ms)), key=lambda lane: (starts_ms[lane], -lanes_ms[lane]))
+        return step, starts_ms[step.lane] + step.expected_ms
 
-    def _backward_size(self, end: int, width: int, fits: Callable[[int], bool]) -> int:
-        """Down to the next boundary of a grid of this width, or half of it, or a quarter.
+    def _largest_step(
+        self, end: int, width: int, place: Callable[[int], tuple[JobWindow, float]]
+    ) -> tuple[JobWindow, float] | None:
+        """The step that fits down to the next boundary of a grid of this width, or half of it, or a quarter.
 
         Layer after layer then has the same few windows, and libraries have ready what they prepare for a size.
         """
         grain = self.min_window
         while True:
-            size = end - (end - 1) // width * width
-            if fits(size) or (width <= grain and self._is_forced):
-                return size
+            step, end_ms = place(end - (end - 1) // width * width)
+            if end_ms <= self._lanes_limit_ms or (width <= grain and self._is_forced):
+                return step, end_ms
             if width <= grain:
-                return 0
+                return None
             width = -(-width // (2 * grain)) * grain
 
     def _grid(self, num_tokens: int) -> int:

@@ -10,15 +10,17 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from services.gpu_worker.engine.correction import Accuracy, Correction, Errors
 
 WINDOW_CAUTION = 0.4  # 1: the whole margin, 0: none
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
-    """What one fused forward, or the backward of one window through one layer, has to compute.
+    """What one fused forward, or the backward of one window through one layer, has to compute; never changed. (Not
+    frozen: the scheduler makes dozens in a decision, and a frozen one takes three times as long to make.)
 
     The last three fields follow from the others where they are left out: decodes with equally many keys, one
     window, and one of a job where there are training tokens.
@@ -36,11 +38,11 @@ class Work:
 
     def __post_init__(self) -> None:
         if self.decodes and not self.longest:
-            object.__setattr__(self, "longest", -(-self.keys // self.decodes))
+            self.longest = -(-self.keys // self.decodes)
         if self.window_tokens and not self.windows:
-            object.__setattr__(self, "windows", 1)
+            self.windows = 1
         if self.loss_tokens and not self.training_windows:
-            object.__setattr__(self, "training_windows", 1)
+            self.training_windows = 1
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -64,20 +66,23 @@ class Curve:
 
     sizes: list[int]  # ascending
     times_ms: list[float]
+    _pieces: list[tuple[float, float]] = field(init=False, repr=False, compare=False)  # (at 0, a token)
 
     def __post_init__(self) -> None:
         for i in range(len(self.times_ms) - 2, -1, -1):
             self.times_ms[i] = min(self.times_ms[i], self.times_ms[i + 1])
+        self._pieces = [(self.times_ms[0], 0.0)] if len(self.sizes) == 1 else []
+        for (x0, y0), (x1, y1) in pairwise(zip(self.sizes, self.times_ms, strict=True)):
+            slope = (y1 - y0) / (x1 - x0)
+            self._pieces.append((y0 - slope * x0, slope))
 
     def __call__(self, num_tokens: int) -> float:
         if num_tokens <= 0:
             return 0.0
-        if len(self.sizes) == 1:
-            return self.times_ms[0]
-        right = min(max(bisect_right(self.sizes, num_tokens), 1), len(self.sizes) - 1)
-        x0, x1 = self.sizes[right - 1], self.sizes[right]
-        y0, y1 = self.times_ms[right - 1], self.times_ms[right]
-        return max(0.0, y0 + (y1 - y0) * (num_tokens - x0) / (x1 - x0))
+        last = len(self._pieces) - 1
+        at_zero, slope = self._pieces[bisect_right(self.sizes, num_tokens, 1, last + 1) - 1]
+        time_ms = at_zero + slope * num_tokens
+        return time_ms if time_ms > 0.0 else 0.0
 
 
 def nothing() -> Curve:

@@ -71,6 +71,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # sorted by _urgency
         self.running: list[Sequence] = []
         self.num_preempted = 0  # sequences, since the start
+        self._has_prompts = False  # somebody who runs
         self._job_blocks = JobBlocks(blocks)
         self.finetuning = FinetuneScheduler(
             self._job_blocks, config.finetune_window, config.min_window, config.patience
@@ -111,6 +112,7 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> Batch:
         decodes = [s for s in self.running if len(s.tokens) == s.num_computed_tokens + 1]
+        self._has_prompts = len(decodes) < len(self.running)
         limits = Limits.of(decodes, now_s, self.config.idle_ms, self.config.margin)
         has_requests = bool(self.running or self.waiting)
         turn = self._sharing.turn(has_requests, bool(self.jobs), limits.is_late)
@@ -201,7 +203,8 @@ class Scheduler:
         if limits.is_mixed and self._current.forward_ms(batch.inference_work) > others_ms:
             self._hold_back_flexible(batch, others_ms, now_s)
         size = self.blocks.block_size
-        for sequence in [s for s in batch.decodes if len(s.block_table) * size < len(s.tokens)]:
+        full = [s for s in batch.decodes if s.num_computed_tokens % size == 0]
+        for sequence in [s for s in full if len(s.block_table) * size < len(s.tokens)]:
             if sequence in self.running:  # else it was preempted for another
                 self._grow(batch, sequence, sequence.num_tokens)
 
@@ -218,6 +221,8 @@ class Scheduler:
             batch.drop(sequence)
 
     def _prompts(self) -> list[Sequence]:
+        if not self._has_prompts:
+            return []
         return [s for s in self.running if len(s.tokens) - s.num_computed_tokens > 1]
 
     def _schedule_prompts(self, batch: Batch, limits: Limits) -> None:
@@ -230,6 +235,7 @@ class Scheduler:
         while self.waiting and self._room(batch) > 0 and self._admit(batch, self.waiting[0]):
             sequence = self.waiting.pop(0)
             self.running.append(sequence)
+            self._has_prompts = True
             if not self._schedule_piece(batch, sequence, limits):
                 return
 

@@ -8,6 +8,7 @@ moves. Evaluations are forward windows only. The adapter is frozen from a step's
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -81,10 +82,14 @@ class TrainingSequence:
 
     def num_pairs(self, start: int, end: int) -> int:
         """Pairs of a token of the window [start, end) and a token of its example before the window."""
-        return sum((b - a) * (a - begin) for begin, a, b in self.parts(start, end))
+        edges = self.boundaries
+        example = bisect_right(edges, start)  # the others begin within the window
+        if example == len(edges):
+            return (end - start) * (start - edges[-1])
+        return (min(end, edges[example]) - start) * (start - edges[example - 1])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Window:
     """Tokens [start, end) of the training sequence in flight: forward through all layers (`layer` None) or
     backward through one."""
