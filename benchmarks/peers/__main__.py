@@ -129,6 +129,7 @@ def main(
         for name in dtype or list(DTYPES):
             console.print(f"measuring {name} ...")
             results["dtypes"][name] = measure(model, name, threads, rounds, vllm, scratch)
+            save("peers", results)  # half an hour is long: what follows may be interrupted
         if llama_cpp:
             console.print("measuring llama.cpp ...")
             results["llama_cpp"] = single_stream(llama_cpp, model, threads, rounds, scratch)
