@@ -82,8 +82,3 @@ def attention(q_NHE: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tens
     scores = scores.masked_fill(positions[None] > positions[s - n :, None], float("-inf"))
     lse = torch.logsumexp(scores, -1)
     return torch.einsum("hns,hse->nhe", torch.exp(scores - lse[..., None]), values[heads]), lse.T
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    """Norm of the difference relative to that of the exact value, or to 1 where that is less."""
-    return float((ours.double() - exact).norm() / exact.norm().clamp(min=1.0))

@@ -7,7 +7,8 @@ import torch
 
 from services.gpu_worker.kernels.paged_attention import PagedBatch, Run, paged_attention
 from services.gpu_worker.kernels.paged_attention_backward import paged_attention_backward
-from tests.kernels.paged_batches import attention, error, make_case
+from tests.kernels.paged_batches import attention, make_case
+from tests.kernels.triton.twins import relative_error
 
 WINDOW = (Run(5, 17), Run(20, 37, first_key=17), Run(3, 40, first_key=37))
 
@@ -19,7 +20,7 @@ def test_each_run_attends_to_its_own_keys(group: int) -> None:
     out, lse = paged_attention(case.q, case.keys, case.values, case.batch)
     for run, rows in case.runs():
         expected, expected_lse = attention(case.q[rows], *case.dense(run))
-        assert error(out[rows], expected.flatten(1)) < 1e-14
+        assert relative_error(out[rows], expected.flatten(1)) < 1e-14
         torch.testing.assert_close(lse[rows], expected_lse)
 
 
@@ -36,7 +37,7 @@ def test_gradients_of_packed_examples_equal_autograd(group: int) -> None:
         exact = torch.autograd.grad(expected, inputs, d_out[rows].view_as(expected))
         own = slice(run.first_key, run.num_keys)
         for ours, theirs in zip((dq[rows], dk[:, own] - 1, dv[:, own] - 1), exact, strict=True):
-            assert error(ours, theirs) < 1e-13
+            assert relative_error(ours, theirs) < 1e-13
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch import Tensor
 from services.gpu_worker.kernels import adamw as torch_twin
 from services.gpu_worker.kernels.adamw import AdamW, clip_factor
 from services.gpu_worker.kernels.triton import adamw as kernels
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
-from tests.kernels.triton.twins import DTYPES, Numbers
+from services.gpu_worker.kernels.triton.common import INTERPRETED, UnsupportedShape
+from tests.kernels.triton.twins import DTYPES, Numbers, relative_error
 
 STEPS = 6
 RATE, BETAS, EPSILON = 3e-3, (0.9, 0.999), 1e-8
@@ -54,7 +54,7 @@ def expected(start: Tensor, weight_decay: float, most: float | None) -> tuple[Te
 def test_steps_are_those_of_torch(
     ops: Any, size: int, weight_decay: float, most: float | None, device: torch.device
 ) -> None:
-    """Relative to each number 1e-5, float32's rounding over six steps."""
+    """Relative to each number 1e-5, float32's rounding over six steps; relative to all of them less."""
     start = Numbers(torch.float32, device)(size)
     masters, moments = start.clone(), [torch.zeros_like(start) for _ in range(2)]
     for update, gradient in zip(updates(weight_decay), gradients(size, device), strict=True):
@@ -64,12 +64,15 @@ def test_steps_are_those_of_torch(
         assert torch.equal(gradient, before)
     for found, exact in zip((masters, *moments), expected(start, weight_decay, most), strict=True):
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-7)
+        assert relative_error(found, exact) < 1e-6
 
 
 @both
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_copy_is_the_moved_masters_rounded(ops: Any, dtype: torch.dtype, device: torch.device) -> None:
     draw = Numbers(torch.float32, device)
+    if ops is kernels and dtype == torch.bfloat16 and INTERPRETED.value:
+        pytest.skip("Triton's interpreter cuts float32 to bfloat16 and does not round it: on a GPU only")
     masters, gradient = draw(1030), draw(1030)
     copy = torch.full((1030,), float("nan"), dtype=dtype, device=device)
     moments = [torch.zeros_like(masters) for _ in range(2)]

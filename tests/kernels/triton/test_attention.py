@@ -12,10 +12,11 @@ from services.gpu_worker.kernels.paged_attention import Run
 from services.gpu_worker.kernels.triton import attention as fused
 from services.gpu_worker.kernels.triton.attention_tiles import Shapes
 from services.gpu_worker.kernels.triton.common import UnsupportedShape
-from tests.kernels.paged_batches import PagedCase, attention, error, make_case
-from tests.kernels.triton.twins import DTYPES
+from tests.kernels.paged_batches import PagedCase, attention, make_case
+from tests.kernels.triton.twins import ACCURACY, DTYPES, relative_error
 
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+assert all(tolerance < ACCURACY[dtype] for dtype, tolerance in TOLERANCES.items())
 MIXED = (  # a training window over three packed examples, two pieces of prompts, decodes
     Run(5, 17),
     Run(20, 37, first_key=17),
@@ -37,7 +38,7 @@ def check(case: PagedCase) -> None:
         assert lse.dtype == torch.float32
         for run, rows in case.runs():
             expected, expected_lse = attention(case.q[rows].double(), *case.dense(run))
-            assert error(out[rows], expected.flatten(1)) < tolerance, (form.__name__, run)
+            assert relative_error(out[rows], expected.flatten(1), least=1.0) < tolerance, (form.__name__, run)
             assert (lse[rows] - expected_lse).abs().max() < max(tolerance, 1e-5), (form.__name__, run)
 
 
@@ -70,7 +71,7 @@ def test_blocks_may_have_any_size(block_size: int, device: torch.device) -> None
     check(make_case([Run(1, 35), Run(9, 40, first_key=3, table=1)], block_size=block_size, device=device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_contexts_are_read_in_parts(
     dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

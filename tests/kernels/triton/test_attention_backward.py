@@ -12,11 +12,15 @@ from services.gpu_worker.kernels import paged_attention_backward as plain
 from services.gpu_worker.kernels.paged_attention import PagedBatch, Run, paged_attention
 from services.gpu_worker.kernels.triton import attention_backward as fused
 from services.gpu_worker.kernels.triton.common import UnsupportedShape
-from tests.kernels.paged_batches import PagedCase, attention, error, make_case
-from tests.kernels.triton.twins import DTYPES
+from tests.kernels.paged_batches import PagedCase, attention, make_case
+from tests.kernels.triton.twins import ACCURACY, DTYPES, relative_error
 
-# of the plain form without its blocked kernel for CPUs, which rounds scores; the kernels stay well below
-TOLERANCES = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOLERANCES = {
+    fused: {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2},
+    # without torch's kernel for CPUs scores are rounded
+    plain: {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2},
+}
+assert all(tolerance < ACCURACY[dtype] for dtype, tolerance in TOLERANCES[fused].items())
 PACKED = (Run(5, 17), Run(20, 37, first_key=17), Run(3, 40, first_key=37))
 
 
@@ -33,11 +37,11 @@ def gradients(form: object, case: PagedCase, d_out: Tensor) -> tuple[Tensor, Ten
 
 def check(case: PagedCase) -> None:
     """Both forms give autograd's dQ, and add autograd's dK and dV."""
-    tolerance = TOLERANCES[case.q.dtype]
     random = torch.Generator().manual_seed(1)
     d_out = torch.randn(len(case.q), case.q.shape[1] * case.q.shape[2], generator=random).to(case.q)
     for form in (fused, plain):
         dq, dk, dv = gradients(form, case, d_out)
+        tolerance = TOLERANCES[form][case.q.dtype]
         unseen = torch.ones(dk.shape[1], dtype=torch.bool, device=dk.device)
         for run, rows in case.runs():
             inputs = [t.requires_grad_() for t in (case.q[rows].double(), *case.dense(run))]
@@ -46,7 +50,7 @@ def check(case: PagedCase) -> None:
             own = slice(run.first_key, run.num_keys)
             unseen[own] = False
             for ours, theirs in zip((dq[rows], dk[:, own] - 1, dv[:, own] - 1), exact, strict=True):
-                assert error(ours, theirs) < tolerance, (form.__name__, run)
+                assert relative_error(ours, theirs, least=1.0) < tolerance, (form.__name__, run)
         assert (dk[:, unseen] == 1).all()
         assert (dv[:, unseen] == 1).all()
 
@@ -59,7 +63,7 @@ def test_packed_examples_have_gradients_of_their_own(
     check(make_case(PACKED, group=group, num_kv_heads=1 + (group < 5), dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 16, 17])
 def test_windows_may_end_on_either_side_of_a_tile(
     num_tokens: int, dtype: torch.dtype, device: torch.device
@@ -68,7 +72,7 @@ def test_windows_may_end_on_either_side_of_a_tile(
         check(make_case([Run(num_tokens, num_tokens + before)], num_kv_heads=1, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_windows_longer_than_every_tile_need_masks_at_the_diagonal_alone(
     dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -93,9 +97,9 @@ def test_windows_from_the_last_to_the_first_add_up_to_the_whole_sequence(device:
         part = fused.paged_attention_backward(
             d_out[start:end], window.q, window.keys, window.values, out, lse, window.batch, *summed
         )
-        assert error(part, dq[start:end].double()) < TOLERANCES[torch.float32]
-    assert error(summed[0], dk.double()) < TOLERANCES[torch.float32]
-    assert error(summed[1], dv.double()) < TOLERANCES[torch.float32]
+        assert relative_error(part, dq[start:end].double()) < TOLERANCES[fused][torch.float32]
+    assert relative_error(summed[0], dk.double()) < TOLERANCES[fused][torch.float32]
+    assert relative_error(summed[1], dv.double()) < TOLERANCES[fused][torch.float32]
 
 
 def batch_of(case: PagedCase, start: int, end: int) -> PagedBatch:

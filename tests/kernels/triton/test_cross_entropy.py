@@ -60,7 +60,10 @@ def test_loss_hits_and_gradient(
         assert_close(found.loss_sum, loss, dtype)
     else:
         assert found.loss_sum.abs() < 1e-6
-    assert int(found.num_correct) == hits
+    is_rounded = (
+        ops is torch_twin and dtype != torch.float32
+    )  # logits are: a likely token may tie with the label
+    assert abs(int(found.num_correct) - hits) <= is_rounded
     if vocabulary > 1:
         assert_close(found.dx, gradient, dtype)
     alone = ops.linear_cross_entropy(x, head, labels, DENOMINATOR, with_gradient=False)

@@ -55,7 +55,9 @@ def test_a_sum_and_its_norm(
     draw = Numbers(dtype, device)
     x, y, weight = draw.apart(*shape), draw.apart(*shape, gap=3), draw(shape[-1])
     total, normed = ops.add_rms_norm(x, y, weight, EPS)
-    assert torch.equal(total, x + y)
+    assert_close(total, sum(wide(x, y)), dtype)
+    if dtype != torch.bfloat16 or device.type == "cuda":  # Triton's interpreter cuts it and does not round
+        assert torch.equal(total, x + y)
     assert_close(normed, exact_norm(*wide(total, weight)), dtype)
 
 
