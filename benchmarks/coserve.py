@@ -201,7 +201,7 @@ def main(
     ),
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    seconds: Annotated[float, typer.Option(help="In which requests arrive, per policy and rate.")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="In which requests arrive, per policy and rate.")] = 15.0,
     rate: Annotated[list[float] | None, typer.Option(help="Requests a second; may be repeated.")] = None,
     tpot_ms: Annotated[float, typer.Option(help="Service level.")] = 100.0,
     ttft_ms: Annotated[float, typer.Option(help="Service level.")] = 2000.0,
