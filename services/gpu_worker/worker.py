@@ -187,6 +187,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         device=settings.device,
         dtype=settings.dtype,
         num_threads=settings.num_threads,
+        kernels=settings.kernels,
         lanes=settings.lanes,
         quantise=settings.quantise,
         profile_dir=Path(settings.profile_dir) if settings.profile_dir else None,

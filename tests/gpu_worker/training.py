@@ -14,6 +14,7 @@ from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase, Window
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
+from services.gpu_worker.kernels.backend import TORCH, Kernels
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.context import Capture, ForwardContext
@@ -24,6 +25,7 @@ from services.gpu_worker.model.transformer import Transformer
 from services.gpu_worker.model.weights import load_weights
 
 BLOCK_SIZE = 4
+CPU = torch.device("cpu")
 
 
 def make_dataset(lengths: list[int], vocab_size: int, seed: int = 0, masked: float = 0.3) -> Dataset:
@@ -35,8 +37,14 @@ def make_dataset(lengths: list[int], vocab_size: int, seed: int = 0, masked: flo
     return Dataset(tokens, np.concatenate(masks), offsets)
 
 
-def make_transformer(folder: Path, dtype: torch.dtype = torch.float32, group: Group = ALONE) -> Transformer:
-    return Transformer(load_weights(folder, dtype, torch.device("cpu"), group=group), max_position=512)
+def make_transformer(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    group: Group = ALONE,
+    kernels: Kernels = TORCH,
+    device: torch.device = CPU,
+) -> Transformer:
+    return Transformer(load_weights(folder, dtype, device, group=group, kernels=kernels), max_position=512)
 
 
 def make_trainer(
@@ -60,6 +68,7 @@ def make_trainer(
         sequence_length=max_tokens_in_flight,
         dropout=config.lora_dropout > 0,
         layout=layout,
+        kernels=model.weights.kernels,
     )
     job = FinetuneJob(
         job_id="ftjob-test",
@@ -86,8 +95,8 @@ def make_trainer(
 
 
 @cache
-def forward_programs(whole: ModelConfig, tp: int) -> ForwardPrograms:
-    return ForwardPrograms(whole, tp)
+def forward_programs(whole: ModelConfig, tp: int, kernels: Kernels) -> ForwardPrograms:
+    return ForwardPrograms(whole, tp, kernels)
 
 
 def forward(trainer: Trainer, window: Window) -> None:
@@ -96,7 +105,7 @@ def forward(trainer: Trainer, window: Window) -> None:
     blocks = [trainer.job.blocks[p // BLOCK_SIZE] for p in positions]
     run = trainer.adapter_run(window, 0)
     kept = frozenset() if trainer.job.evaluating else trainer.policies.reserve.labels
-    programs = forward_programs(model.weights.whole, model.weights.group.size)
+    programs = forward_programs(model.weights.whole, model.weights.group.size, model.weights.kernels)
     context = ForwardContext(
         positions=trainer.positions(window),
         slots=cache.slots(blocks, [p % BLOCK_SIZE for p in positions]),

@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from services.gpu_worker.compiler.bind import bind
 from services.gpu_worker.compiler.operations import FORWARD, IN_PLACE
 from services.gpu_worker.compiler.rematerialize import loads, narrowed, recomputed
 from services.gpu_worker.compiler.reverse import JointGraph
+from services.gpu_worker.kernels.backend import Kernels
 from services.gpu_worker.model import layer
 
 Program = Callable[..., Any]
 
 
-def compile_graph(graph: Graph) -> Program:
+def compile_graph(graph: Graph, kernels: Kernels) -> Program:
     """A function of the graph's placeholders, in their order; its source is `program.__self__.code`."""
     _use_memory_again(graph)
+    bind(graph, kernels)
     graph.lint()
     module = GraphModule(torch.nn.Module(), graph)
     program: Program = module.forward

@@ -16,6 +16,7 @@ from services.gpu_worker.compiler.reverse import JointGraph, differentiate
 from services.gpu_worker.compiler.shard import trace_rank
 from services.gpu_worker.compiler.sizes import Sizes
 from services.gpu_worker.compiler.trace import insert_bypasses, remove_sites
+from services.gpu_worker.kernels.backend import TORCH, Kernels
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model import layer
 from services.gpu_worker.model.config import ModelConfig
@@ -32,8 +33,8 @@ class ForwardPrograms:
     """The layer's forward for every combination of bypass sites in use and tensors to keep, made when first
     needed. A batch of the base model's tokens alone runs a program with neither."""
 
-    def __init__(self, config: ModelConfig, tp: int = 1) -> None:
-        self.config, self.tp = config, tp
+    def __init__(self, config: ModelConfig, tp: int = 1, kernels: Kernels = TORCH) -> None:
+        self.config, self.tp, self._kernels = config, tp, kernels
         self._programs: dict[tuple[frozenset[str], frozenset[str]], LayerProgram] = {}
         self._lock = Lock()  # forwards of two threads ask at once
 
@@ -42,7 +43,7 @@ class ForwardPrograms:
         key = sites, kept
         with self._lock:
             if key not in self._programs:
-                self._programs[key] = compile_graph(self.graph(sites, kept))
+                self._programs[key] = compile_graph(self.graph(sites, kept), self._kernels)
             return self._programs[key]
 
     def graph(self, sites: frozenset[str], kept: frozenset[str]) -> Graph:
@@ -84,10 +85,11 @@ class CompiledMethod:
         sequence_length: int,
         dropout: bool = False,
         layout: Layout = ONE_RANK,
+        kernels: Kernels = TORCH,
     ) -> None:
         self.config, self.method, self.dtype = shard_config(config, layout.tp), method, dtype
         self.whole, self.layout = config, layout
-        self._dropout = dropout
+        self._dropout, self._kernels = dropout, kernels
         self._sizes = Sizes.of(self.config, sequence_length)
         self._keepable = self._keepable_labels()
         self._programs: dict[tuple[Policy, bool], Program] = {}
@@ -171,7 +173,8 @@ class CompiledMethod:
         key = policy, bottom
         if key not in self._programs:
             joint = self._joint_of(bottom)
-            self._programs[key] = compile_graph(emit_backward(joint, self._nodes(joint, policy)))
+            graph = emit_backward(joint, self._nodes(joint, policy))
+            self._programs[key] = compile_graph(graph, self._kernels)
         return self._programs[key]
 
     def _joint_of(self, bottom: bool) -> JointGraph:

@@ -91,6 +91,7 @@ class Admission:
             sequence_length=self.max_tokens,
             dropout=dropout,
             layout=choose_layout(self.weights, method),
+            kernels=self.weights.kernels,
         )
 
     @property

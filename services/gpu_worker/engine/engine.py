@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,7 @@ from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
 from services.gpu_worker.finetune.memory import JobMemory
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
+from services.gpu_worker.kernels.backend import KernelChoice, choose_kernels
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.linear import DenseLinear
 from services.gpu_worker.kernels.quantised import GROUP_SIZE, quantise
@@ -56,6 +57,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     num_threads: int = 0  # 0: all cores
+    kernels: KernelChoice = "auto"  # auto: Triton's on a GPU, torch's elsewhere
     lanes: bool = True  # two halves of a CPU's threads may work at once
     quantise: Literal["none", "int8", "int4"] = "none"  # the layers' linears; embedding and head stay dense
     int4_group_size: int = GROUP_SIZE  # inputs that share a scale
@@ -136,7 +138,10 @@ class Engine:
         if device.type == "cpu" and config.num_threads:
             torch.set_num_threads(config.num_threads)
         make = _make_linear(config)
-        weights = weights or load_weights(config.model_dir, _dtype(config.dtype, device), device, make, group)
+        kernels = choose_kernels(config.kernels, device)
+        dtype = _dtype(config.dtype, device)
+        weights = weights or load_weights(config.model_dir, dtype, device, make, group)
+        weights = replace(weights, kernels=kernels)
         self.max_model_len = min(config.scheduler.max_model_len, weights.config.max_position)
         longest = max(self.max_model_len, min(config.finetune_tokens_in_flight, weights.config.max_position))
         self.model = Transformer(weights, longest)

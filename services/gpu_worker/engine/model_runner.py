@@ -66,7 +66,8 @@ class ModelRunner:
         self.adapters = adapters
         self.lanes = lanes
         self.trainers: dict[str, Trainer] = {}
-        self._programs = ForwardPrograms(model.weights.whole, model.weights.group.size)
+        weights = model.weights
+        self._programs = ForwardPrograms(weights.whole, weights.group.size, weights.kernels)
 
     @property
     def device(self) -> torch.device:

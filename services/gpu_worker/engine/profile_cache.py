@@ -84,6 +84,7 @@ def key_of(
         "model": asdict(weights.whole),
         "form": form,
         "dtype": str(weights.dtype),
+        "kernels": weights.kernels.name,
         "device": device_name(weights.device),
         "threads": torch.get_num_threads() if weights.device.type == "cpu" else 0,
         "ranks": weights.group.size,

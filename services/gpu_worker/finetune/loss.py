@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.kernels.cross_entropy import LowRankHead, linear_cross_entropy
-from services.gpu_worker.kernels.norm_rope import rms_norm_backward
 from services.gpu_worker.model.transformer import Transformer
 
 
@@ -57,7 +56,9 @@ def window_loss(
         return None
     chosen = hidden[rows]
     weights = model.weights
-    result = linear_cross_entropy(
+    # no kernel adds an adapter of the head, whose logits would have to exist for its gradient
+    compute = weights.kernels.linear_cross_entropy if low_rank is None else linear_cross_entropy
+    result = compute(
         model.final_norm(chosen),
         weights.head,
         labels[rows],
@@ -66,5 +67,7 @@ def window_loss(
         low_rank=low_rank,
     )
     if d_hidden is not None and result.dx is not None:
-        d_hidden[rows] = rms_norm_backward(result.dx, chosen, weights.norm, weights.config.rms_norm_eps)
+        d_hidden[rows] = weights.kernels.rms_norm_backward(
+            result.dx, chosen, weights.norm, weights.config.rms_norm_eps
+        )
     return WindowLoss(result.loss_sum, result.num_correct, len(rows))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.finetune.job import JobConfig
+from services.gpu_worker.finetune.steps import PART, make_stepper
 from services.gpu_worker.kernels.bypass import BlockGradient, ScaledGradient
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.adapters import AdapterWeights
@@ -27,8 +28,8 @@ from services.gpu_worker.model.peft import (
 )
 from services.gpu_worker.model.weights import ModelWeights
 
-PART = 1 << 18  # numbers that an update moves in one piece
-STATE = {"masters", "step", "exp_avg", "exp_avg_sq"}  # before the first step the masters alone
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = {"masters", "step", *MOMENTS}  # before the first step the masters alone
 
 
 class TrainableParameters:
@@ -50,15 +51,8 @@ class TrainableParameters:
         self.gradients: dict[Key, Tensor] = {}
         self._slice()
         self._reset_masters()
-        self._parts, self._gradient_parts = self.flat.split(PART), self.grad.split(PART)
         self._is_finite = True  # the gradient of the update in hand
-        self._optimizer = torch.optim.AdamW(
-            self._parts,
-            lr=job.learning_rate,
-            betas=(job.beta1, job.beta2),
-            eps=job.epsilon,
-            weight_decay=job.weight_decay,
-        )
+        self._stepper = make_stepper(self.flat, self.grad, job, base.kernels)
         self.refresh()
 
     @property
@@ -69,8 +63,7 @@ class TrainableParameters:
     @property
     def optimizer_bytes(self) -> int:
         """Masters and moments; the first step makes the moments."""
-        moments = [tensor for part in self._optimizer.state.values() for tensor in part.values()]
-        return sum(tensor.nbytes for tensor in (self.flat, *moments))
+        return self.flat.nbytes + self._stepper.size_bytes
 
     def _slice(self) -> None:
         start = 0
@@ -152,7 +145,7 @@ class TrainableParameters:
     @property
     def num_parts(self) -> int:
         """Into which an update can be cut."""
-        return len(self._parts)
+        return max(1, math.ceil(self.flat.numel() / PART))
 
     def step(self, learning_rate: float) -> float | None:
         """A whole update; returns as `begin_step`."""
@@ -165,21 +158,16 @@ class TrainableParameters:
         """Clips the gradient. Returns its norm before that, or None when it was not finite: then nothing moves."""
         norm = self._reduce_gradient()
         self._is_finite = math.isfinite(norm)
-        if self._is_finite and self._job.max_grad_norm and norm > self._job.max_grad_norm:
-            self.grad.mul_(self._job.max_grad_norm / (norm + 1e-6))
-        self._optimizer.param_groups[0]["lr"] = learning_rate
-        return norm if self._is_finite else None
+        if not self._is_finite:
+            return None
+        most = self._job.max_grad_norm
+        self._stepper.begin(learning_rate, most / (norm + 1e-6) if most and norm > most else 1.0)
+        return norm
 
     def move(self, start: int, end: int) -> None:
         """AdamW on some of the parts; each has to have its turn once between `begin_step` and `end_step`."""
-        if not self._is_finite:
-            return
-        pairs = list(zip(self._parts[start:end], self._gradient_parts[start:end], strict=True))
-        for part, gradient in pairs:
-            part.grad = gradient
-        self._optimizer.step()  # passes over those without a gradient
-        for part, _ in pairs:
-            part.grad = None
+        if self._is_finite:
+            self._stepper.move(start, end)
 
     def end_step(self) -> None:
         """Clears the gradient and lets forward and backward compute with what has moved."""
@@ -218,11 +206,11 @@ class TrainableParameters:
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed job needs, whatever number of ranks resumes it: on the CPU, detached from what
         goes on moving. Every rank has to call it."""
-        moments = [self._optimizer.state[part] for part in self._parts if part in self._optimizer.state]
+        moments = self._stepper.moments()
         found = {"masters": self._shards.gather(self.flat)}
-        for name in moments[0] if moments else ():
-            values = [own[name] for own in moments]
-            found[name] = values[0] if name == "step" else self._shards.gather(torch.cat(values))
+        if moments is not None:
+            found["step"] = torch.tensor(float(self._stepper.num_steps))
+            found |= {n: self._shards.gather(m) for n, m in zip(MOMENTS, moments, strict=True)}
         return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -237,12 +225,7 @@ class TrainableParameters:
                 raise ValueError(f"checkpoint tensor {name!r} has {value.numel()} values, not {size}")
         self.flat.copy_(self._shards.cut(state["masters"]))
         if "step" in state:
-            moments = {
-                name: self._shards.cut(state[name]).to(self.flat.device, copy=True).split(PART)
-                for name in ("exp_avg", "exp_avg_sq")
-            }
-            for index, part in enumerate(self._parts):
-                own = {name: values[index] for name, values in moments.items()}
-                self._optimizer.state[part] = {"step": state["step"].clone(), **own}
+            moments = (self._shards.cut(state[name]).to(self.flat.device, copy=True) for name in MOMENTS)
+            self._stepper.load(int(state["step"]), *moments)
         self.grad.zero_()
         self.refresh()

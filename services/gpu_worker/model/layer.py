@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from services.gpu_worker.kernels.backend import RmsNorm, Rotation
 from services.gpu_worker.kernels.linear import FrozenLinear
 from services.gpu_worker.kernels.norm_rope import rms_norm, rope, silu_mul
 from services.gpu_worker.model.config import ModelConfig
@@ -48,15 +49,24 @@ def add_(x: Tensor, y: Tensor) -> Tensor:
     return y.add_(x)
 
 
-def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` of each head: [N, heads * E] with `weight` [E]."""
-    return rms_norm(x.unflatten(-1, (-1, weight.shape[0])), weight, eps).flatten(1)
+def head_norm_by(norm: RmsNorm) -> RmsNorm:
+    def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`rms_norm` of each head: [N, heads * E] with `weight` [E]."""
+        return norm(x.unflatten(-1, (-1, weight.shape[0])), weight, eps).flatten(1)
+
+    return head_norm
 
 
-def rotate(x: Tensor, ctx: LayerContext) -> Tensor:
-    """Rotary embedding of [N, heads * E]."""
-    cos, sin = ctx.rotation
-    return rope(x.unflatten(-1, (-1, cos.shape[-1])), cos, sin).flatten(1)
+def rotate_by(rotation: Rotation) -> Callable[[Tensor, LayerContext], Tensor]:
+    def rotate(x: Tensor, ctx: LayerContext) -> Tensor:
+        """Rotary embedding of [N, heads * E]."""
+        cos, sin = ctx.rotation
+        return rotation(x.unflatten(-1, (-1, cos.shape[-1])), cos, sin).flatten(1)
+
+    return rotate
+
+
+head_norm, rotate = head_norm_by(rms_norm), rotate_by(rope)
 
 
 def virtual_rows(k: Tensor, v: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from services.gpu_worker.kernels.backend import RmsNormBackward, Rotation
 from services.gpu_worker.kernels.linear import FrozenLinear
 from services.gpu_worker.kernels.norm_rope import rms_norm_backward, rope_backward
 from services.gpu_worker.model.layouts import Move, State
@@ -41,14 +43,24 @@ def merge(*parts: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def head_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    heads = (-1, weight.shape[0])
-    return rms_norm_backward(dy.unflatten(-1, heads), x.unflatten(-1, heads), weight, eps).flatten(1)
+def head_norm_backward_by(adjoint: RmsNormBackward) -> RmsNormBackward:
+    def head_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        heads = (-1, weight.shape[0])
+        return adjoint(dy.unflatten(-1, heads), x.unflatten(-1, heads), weight, eps).flatten(1)
+
+    return head_norm_backward
 
 
-def rotate_backward(dy: Tensor, ctx: BackwardContext) -> Tensor:
-    cos, sin = ctx.rotation
-    return rope_backward(dy.unflatten(-1, (-1, cos.shape[-1])), cos, sin).flatten(1)
+def rotate_backward_by(adjoint: Rotation) -> Callable[[Tensor, BackwardContext], Tensor]:
+    def rotate_backward(dy: Tensor, ctx: BackwardContext) -> Tensor:
+        cos, sin = ctx.rotation
+        return adjoint(dy.unflatten(-1, (-1, cos.shape[-1])), cos, sin).flatten(1)
+
+    return rotate_backward
+
+
+head_norm_backward = head_norm_backward_by(rms_norm_backward)
+rotate_backward = rotate_backward_by(rope_backward)
 
 
 def attend_backward(

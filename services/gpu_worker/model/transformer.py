@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.kernels.kv_cache import KVCache
-from services.gpu_worker.kernels.norm_rope import accumulation_dtype, rms_norm
+from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.context import AdapterRun, ForwardContext, LayerContext
 from services.gpu_worker.model.peft import EMBEDDING, HEAD
 from services.gpu_worker.model.weights import ModelWeights
@@ -83,4 +83,4 @@ class Transformer:
         return logits.to(accumulation_dtype(hidden.dtype))
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        return rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
+        return self.weights.kernels.rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from services.gpu_worker.kernels.backend import TORCH, Kernels
 from services.gpu_worker.kernels.linear import DenseLinear, FrozenLinear
 from services.gpu_worker.model.config import ModelConfig, RopeConfig, UnsupportedModel
 from services.gpu_worker.model.parallel import ALONE, Group, read_shard, shard_config
@@ -49,6 +50,7 @@ class ModelWeights:
     head: FrozenLinear  # [V, D]; of the embedding itself when tied
     inverse_frequencies: Tensor  # float32 [E / 2]
     group: Group = ALONE
+    kernels: Kernels = TORCH  # that compute with them
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,6 +85,7 @@ def load_weights(
     device: torch.device,
     make: MakeLinear = DenseLinear,
     group: Group = ALONE,
+    kernels: Kernels = TORCH,
 ) -> ModelWeights:
     """Reads `model.safetensors` or its shards, of divided tensors only the rank's part; raises UnsupportedModel
     naming a tensor that is missing, or what the group's ranks cannot share evenly.
@@ -100,11 +103,15 @@ def load_weights(
         tensor = read_shard(handles[files[name]], name, config, group.rank, group.size)
         return tensor.to(device=device, dtype=dtype, copy=True)  # else it keeps the whole file mapped
 
-    return build_weights(config, fetch, make, group)
+    return build_weights(config, fetch, make, group, kernels)
 
 
 def build_weights(
-    config: ModelConfig, fetch: Fetch, make: MakeLinear = DenseLinear, group: Group = ALONE
+    config: ModelConfig,
+    fetch: Fetch,
+    make: MakeLinear = DenseLinear,
+    group: Group = ALONE,
+    kernels: Kernels = TORCH,
 ) -> ModelWeights:
     """`config` is the whole model's; `fetch` gives the rank's part of a tensor by its Hugging Face name, in the
     dtype and on the device to compute with.
@@ -121,6 +128,7 @@ def build_weights(
         head=DenseLinear(embedding if config.tied_embeddings else fetch("lm_head.weight")),
         inverse_frequencies=inverse_frequencies(config.rope, config.head_dim).to(embedding.device),
         group=group,
+        kernels=kernels,
     )
 
 

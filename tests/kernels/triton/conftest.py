@@ -1,29 +1,15 @@
-"""Tests of Triton kernels run on a GPU, or in an interpreter that a whole process has to be started for.
-
-Triton decides while it is imported, so that process is not the one of the other tests: without a GPU
-`tests/kernels/test_triton_interpreted.py` starts one for each file here.
-"""
+"""Tests of Triton kernels alone."""
 
 from __future__ import annotations
-
-import importlib.util
 
 import pytest
 import torch
 
+from tests.kernels.interpreter import ignored_here, kernel_device
 
-def _interpreted() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    from services.gpu_worker.kernels.triton.common import INTERPRETED
-
-    return bool(INTERPRETED.value)
-
-
-collect_ignore_glob = [] if _interpreted() or torch.cuda.is_available() else ["test_*.py"]
+collect_ignore_glob = ignored_here()
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the kernels run."""
-    return torch.device("cpu" if _interpreted() else "cuda")
+    return kernel_device()
