@@ -24,6 +24,7 @@ from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.finetune.optimizer import TrainableParameters
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.sequence_tensors import MAX_CACHED_WINDOWS
+from services.gpu_worker.finetune.window_attention import GatheredWindow
 from services.gpu_worker.kernels.attention import causal_mask
 from services.gpu_worker.kernels.cross_entropy import LowRankHead, linear_cross_entropy
 from services.gpu_worker.kernels.dropout import Dropout
@@ -31,14 +32,13 @@ from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.linear import DenseLinear
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.kernels.quantised import GROUP_SIZE, Int4Linear, Int8Linear, Scheme, quantise
+from services.gpu_worker.model.attention import GatheredAttention, PagedWindow, WindowPart
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.context import (
     AdapterRun,
     Capture,
     ForwardContext,
     LayerContext,
-    PagedWindow,
-    WindowPart,
 )
 from services.gpu_worker.model.layouts import ONE_RANK, Layout
 from services.gpu_worker.model.parallel import Group, shard_config
@@ -261,7 +261,7 @@ class _WindowRun:
             positions=torch.empty(self.rows, dtype=torch.int64),
             slots=torch.empty(self.rows * self.model.config.num_kv_heads, dtype=torch.int64),
             program=programs.get(run.weights.sites, self.policies.reserve.labels),
-            windows=[self.paged],
+            attention=GatheredAttention([self.paged]),
             adapters=[run],
             captures=[capture],
         )
@@ -291,12 +291,12 @@ class _WindowRun:
         tokens = slice(self.start, self.start + self.rows)
         program, group = self.policies.program(layer), self.model.weights.group
         with LiveBytes() as live:
-            keys, values = self.cache.gather(0, self.paged.pages, 1)
+            attention = GatheredWindow(self.paged).of_layer(self.cache, 0)
             run, rotation = self._adapter_run(None), self._rotation()
             program(
                 self.state.dx[tokens],
                 self.model.weights.layers[0],
-                BackwardContext(0, tokens, rotation, self.paged, run, keys, values, self.state, group),
+                BackwardContext(0, tokens, rotation, attention, run, self.state, group),
                 self.parameters.weights.layers[0],
                 self.parameters.accumulators[0],
                 self.store.window(0, tokens),

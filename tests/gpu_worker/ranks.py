@@ -21,8 +21,9 @@ from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.kernels.attention import causal_mask
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.model.adapters import AdapterWeights
+from services.gpu_worker.model.attention import GatheredAttention, PagedWindow, WindowPart
 from services.gpu_worker.model.config import ModelConfig
-from services.gpu_worker.model.context import AdapterRun, ForwardContext, PagedWindow, WindowPart
+from services.gpu_worker.model.context import AdapterRun, ForwardContext
 from services.gpu_worker.model.layouts import ONE_RANK, Composition, Layout
 from services.gpu_worker.model.parallel import Group
 from services.gpu_worker.model.peft import BottleneckConfig, LoraConfig, Method
@@ -153,7 +154,7 @@ def serve_together(model: Transformer, adapters: list[AdapterWeights]) -> Tensor
         positions=torch.tensor(positions),
         slots=cache.slots(blocks, positions),
         program=ForwardPrograms(weights.whole, weights.group.size).get(sites, frozenset()),
-        windows=windows,
+        attention=GatheredAttention(windows),
         adapters=runs,
     )
     tokens = torch.arange(len(positions)) * 7 % config.vocab_size

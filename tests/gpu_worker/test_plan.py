@@ -256,13 +256,13 @@ def test_a_window_holds_at_its_peak_what_a_dry_run_says(folder: Path, name: str)
             forward(trainer, window)
         else:
             window = job.next_backward(WINDOW)
-            trainer.paged(window)
+            trainer.attention(window)
             with LiveBytes() as live:
                 trainer.backward(window)
             held.append(live.peak)
         job.complete(window)
     assert max(held) == pytest.approx(predicted.window.backward_bytes, rel=0.02)
-    masks = [part.mask for paged in trainer._flight._windows.values() for part in paged.parts]
+    masks = [part.mask for own in trainer._flight._windows.values() for part in own.window.parts]
     assert sum(mask.nbytes for mask in masks) == predicted.sequence.mask_bytes
 
 

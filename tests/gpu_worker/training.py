@@ -14,8 +14,10 @@ from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase, Window
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
+from services.gpu_worker.finetune.window_attention import GatheredWindow, PagedRuns, WindowAttention
 from services.gpu_worker.kernels.backend import TORCH, Kernels
 from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.model.attention import Attention, GatheredAttention, PagedAttention
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.context import Capture, ForwardContext
 from services.gpu_worker.model.layouts import ONE_RANK, Layout
@@ -110,13 +112,21 @@ def forward(trainer: Trainer, window: Window) -> None:
         positions=trainer.positions(window),
         slots=cache.slots(blocks, [p % BLOCK_SIZE for p in positions]),
         program=programs.get(run.weights.sites, kept),
-        windows=[trainer.paged(window)],
+        attention=_alone(trainer.attention(window)),
         adapters=[run],
         captures=[]
         if trainer.job.evaluating
         else [Capture(slice(0, window.num_tokens), trainer.store, window.start)],
     )
     trainer.finish_forward(window, model.forward(trainer.tokens(window), cache, context))
+
+
+def _alone(window: WindowAttention) -> Attention:
+    """Of a stream of the window's rows and no others."""
+    if isinstance(window, GatheredWindow):
+        return GatheredAttention([window.window])
+    assert isinstance(window, PagedRuns)
+    return PagedAttention(window.batch, window.kernels)
 
 
 def advance(trainer: Trainer, window_size: Callable[[], int]) -> StepReport:

@@ -16,18 +16,16 @@ from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, LaneTiming
 from services.gpu_worker.engine.lanes import Gate, Lanes, Progress
 from services.gpu_worker.engine.sampler import logprob_entry, sample
 from services.gpu_worker.engine.sequence import Sequence
+from services.gpu_worker.engine.stream_attention import Stream, attention_of
 from services.gpu_worker.finetune.trainer import StepReport, Trainer, TrainingDiverged
-from services.gpu_worker.kernels.attention import causal_mask, length_mask
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.model.adapters import AdapterPool, AdapterWeights
+from services.gpu_worker.model.attention import Attention
 from services.gpu_worker.model.context import (
     AdapterRun,
     Capture,
     ForwardContext,
-    PagedDecode,
-    PagedWindow,
     VirtualRows,
-    WindowPart,
 )
 from services.gpu_worker.model.transformer import Transformer
 
@@ -175,9 +173,6 @@ class ModelRunner:
         rows = self._lay_out(batch if lane == 0 else Batch(), own)
         if not (rows.forwards or rows.chunks):
             return
-        entered = _entered_blocks(rows, self.cache.block_size)
-        if entered:
-            self.cache.clear(entered)
         tokens, context = self._context(rows)
         beside = {work.job.job_id for work in forwards if work.lane != lane}
         if beside.intersection(work.job.job_id for work in own):
@@ -236,7 +231,6 @@ class ModelRunner:
         positions: list[Tensor] = []
         blocks: list[int] = []
         offsets: list[int] = []
-        windows: list[PagedWindow] = []
         captures: list[Capture] = []
         size = self.cache.block_size
         for work, span in rows.forwards:
@@ -245,10 +239,8 @@ class ModelRunner:
             positions.append(trainer.positions(window))
             blocks += [work.job.blocks[i // size] for i in range(window.start, window.end)]
             offsets += [i % size for i in range(window.start, window.end)]
-            windows.append(_shifted(trainer.paged(window), span.start))
             if not work.sequence.evaluation:
                 captures.append(Capture(span, trainer.store, window.start))
-        windows += [self._prompt_window(chunk, span) for chunk, span in rows.prompts]
         flat: list[int] = []
         places: list[int] = []
         for chunk, _ in rows.chunks:
@@ -266,37 +258,16 @@ class ModelRunner:
             positions=torch.cat(positions),
             slots=self.cache.slots(blocks, offsets),
             program=self._programs.get(sites, kept if captures else frozenset()),
-            windows=windows,
-            decode=self._decode(rows.decodes) if rows.decodes else None,
+            attention=self._attention(rows),
             adapters=runs,
             captures=captures,
         )
         return torch.cat(tokens), context
 
-    def _prompt_window(self, chunk: Chunk, span: slice) -> PagedWindow:
-        end = chunk.start + chunk.num_tokens
-        config = self.model.config
-        group = config.num_heads // config.num_kv_heads
-        mask = causal_mask(chunk.num_tokens, end, group, self.model.weights.dtype, self.device)
-        pages = self.cache.pages([chunk.sequence.block_table[: -(-end // self.cache.block_size)]])
-        return PagedWindow(pages, [WindowPart(span, slice(0, end), mask)])
-
-    def _decode(self, decodes: list[tuple[Chunk, slice]]) -> PagedDecode:
-        size = self.cache.block_size
-        lengths = [chunk.start + 1 for chunk, _ in decodes]
-        tables = [
-            chunk.sequence.block_table[: -(-n // size)]
-            for (chunk, _), n in zip(decodes, lengths, strict=True)
-        ]
-        num_keys = max(len(table) for table in tables) * size
-        mask = length_mask(
-            torch.tensor(lengths, device=self.device),
-            num_keys,
-            self.model.config.num_kv_heads,
-            self.model.weights.dtype,
-        )
-        rows = slice(decodes[0][1].start, decodes[-1][1].stop)
-        return PagedDecode(rows, self.cache.pages(tables), mask)
+    def _attention(self, rows: _Rows) -> Attention:
+        windows = [(self._trainer(work), work.window, span) for work, span in rows.forwards]
+        stream = Stream(windows, rows.prompts, rows.decodes)
+        return attention_of(stream, self.cache, self.model.weights.kernels, self.model.config.num_heads)
 
     def _adapter_runs(self, rows: _Rows) -> list[AdapterRun]:
         """Of training windows each its own; of requests runs of neighbouring rows with the same adapter."""
@@ -350,21 +321,3 @@ def _runs(spans: Iterable[tuple[int, int, AdapterWeights | None]]) -> list[Adapt
         else:
             runs.append(AdapterRun(start, end, weights))
     return runs
-
-
-def _entered_blocks(rows: _Rows, block_size: int) -> list[int]:
-    """The last block of each chunk that starts in it: its rest is read by decodes before it is written."""
-    found = []
-    for chunk, _ in rows.chunks:
-        last = (chunk.start + chunk.num_tokens - 1) // block_size
-        if last * block_size >= chunk.start:
-            found.append(chunk.sequence.block_table[last])
-    return found
-
-
-def _shifted(window: PagedWindow, offset: int) -> PagedWindow:
-    """The same keys for rows that start at `offset` of the stream."""
-    parts = [
-        WindowPart(slice(p.rows.start + offset, p.rows.stop + offset), p.keys, p.mask) for p in window.parts
-    ]
-    return PagedWindow(window.pages, parts)

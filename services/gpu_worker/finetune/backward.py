@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.gpu_worker.kernels.attention import window_attention
-from services.gpu_worker.kernels.attention_backward import window_attention_backward
+from services.gpu_worker.finetune.window_attention import LayerAttention
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.config import ModelConfig
-from services.gpu_worker.model.context import AdapterRun, PagedWindow
+from services.gpu_worker.model.context import AdapterRun
 from services.gpu_worker.model.layouts import Move
 from services.gpu_worker.model.parallel import ALONE, Group
 
@@ -72,17 +71,14 @@ class GradientState:
 class BackwardContext:
     """A window of a training sequence as a layer's backward program sees it; its rows count from 0.
 
-    `run` says whose adapter the rows use; `keys`, `values` [G, S, E] are those of the sequence up to the
-    window's end.
+    `run` says whose adapter the rows use.
     """
 
     index: int
     tokens: slice
     rotation: tuple[Tensor, Tensor]
-    window: PagedWindow
+    attention: LayerAttention
     run: AdapterRun
-    keys: Tensor
-    values: Tensor
     state: GradientState
     group: Group = ALONE
 
@@ -93,35 +89,21 @@ class BackwardContext:
         return self.group.move(x, step, self.tokens.stop - self.tokens.start, width)
 
     def attend(self, q: Tensor, cached: None) -> tuple[Tensor, Tensor]:
-        q_NHE = self._heads(q)
-        parts = [
-            window_attention(q_NHE[p.rows], self.keys[:, p.keys], self.values[:, p.keys], p.mask)
-            for p in self.window.parts
-        ]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        return self.attention.attend(self._heads(q))
 
     def attend_backward(self, do: Tensor, q: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, None]:
-        q_NHE = self._heads(q)
-        dq = torch.empty_like(q_NHE)
-        dk_sum, dv_sum = self.state.cached(self.index)
-        for part in self.window.parts:
-            rows, keys = part.rows, part.keys
-            dq[rows], dk, dv = window_attention_backward(
-                do[rows], q_NHE[rows], self.keys[:, keys], self.values[:, keys], o[rows], lse[rows], part.mask
-            )
-            dk_sum[:, keys] += dk
-            dv_sum[:, keys] += dv
-        return dq.flatten(1), None
+        sums = self.state.cached(self.index)
+        return self.attention.attend_backward(do, self._heads(q), o, lse, *sums).flatten(1), None
 
     def cache_gradient(self) -> tuple[Tensor, Tensor]:
         dk, dv = self.state.cached(self.index)
         return self._own_rows(dk), self._own_rows(dv)
 
     def _own_rows(self, summed: Tensor) -> Tensor:
-        return summed[:, self.tokens].transpose(0, 1).to(self.keys.dtype).flatten(1)
+        return summed[:, self.tokens].transpose(0, 1).to(self.state.dx.dtype).flatten(1)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(x.shape[0], -1, self.keys.shape[-1])
+        return x.view(x.shape[0], -1, self.state.dk.shape[-1])
 
     def without_virtual(self, gradient: Tensor) -> Tensor:
         virtual = self.run.virtual

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import TrainingSequence, Window
+from services.gpu_worker.finetune.window_attention import GatheredWindow, PagedRuns, WindowAttention
 from services.gpu_worker.kernels.attention import causal_mask
+from services.gpu_worker.kernels.backend import TORCH, Kernels
 from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.kernels.paged_attention import PagedBatch, Run
+from services.gpu_worker.model.attention import PagedWindow, WindowPart
 from services.gpu_worker.model.config import ModelConfig
-from services.gpu_worker.model.context import PagedWindow, WindowPart
 from services.gpu_worker.model.transformer import VIRTUAL_TOKEN
 
 TOKEN_BYTES = 3 * 8  # its id, its label and its position
@@ -31,16 +34,17 @@ class SequenceTensors:
         num_virtual_tokens: int,
         config: ModelConfig,
         cache: KVCache,
+        kernels: Kernels = TORCH,
     ) -> None:
         examples = [_with_virtual(*dataset.example(i), num_virtual_tokens) for i in sequence.examples]
         self.sequence = sequence
-        self._config, self._cache = config, cache
+        self._config, self._cache, self._kernels = config, cache, kernels
         filler = np.zeros(sequence.filler, np.int64)
         last = num_virtual_tokens + np.arange(sequence.filler)
         self.tokens = self._on_device([*(tokens.astype(np.int64) for tokens, _ in examples), filler])
         self.labels = self._on_device([*(labels for _, labels in examples), filler - 100])
         self.positions = self._on_device([*(np.arange(len(tokens)) for tokens, _ in examples), last])
-        self._windows: dict[tuple[int, int], PagedWindow] = {}
+        self._windows: dict[tuple[int, int], WindowAttention] = {}
         self._lock = Lock()  # lanes ask for windows at once
         self._parked: Tensor | None = None  # keys and values, from KVCache.save
 
@@ -49,11 +53,16 @@ class SequenceTensors:
 
     @property
     def size_bytes(self) -> int:
-        masks = sum(part.mask.nbytes for window in self._windows.values() for part in window.parts)
-        pages = sum(window.pages.nbytes for window in self._windows.values())
-        return self.tokens.nbytes + self.labels.nbytes + self.positions.nbytes + masks + pages
+        windows = sum(window.size_bytes for window in self._windows.values())
+        return self.tokens.nbytes + self.labels.nbytes + self.positions.nbytes + windows
 
-    def paged(self, window: Window, blocks: list[int]) -> PagedWindow:
+    def runs(self, window: Window) -> list[Run]:
+        """The window's rows, each example's for itself; their keys count from the sequence's start."""
+        return [
+            Run(b - a, b, first_key=begin) for begin, a, b in self.sequence.parts(window.start, window.end)
+        ]
+
+    def attention(self, window: Window, blocks: list[int]) -> WindowAttention:
         """Which keys the window's rows (counted from 0) read; the same for every layer.
 
         Kept for the layers to come, which are cut alike where time is no issue. Masks are large: no more of
@@ -64,7 +73,7 @@ class SequenceTensors:
             if key not in self._windows:
                 while self._windows and not self._has_room(window.num_tokens):
                     del self._windows[next(iter(self._windows))]
-                self._windows[key] = self._make_paged(window, blocks)
+                self._windows[key] = self._make(window, blocks)
             return self._windows[key]
 
     def _has_room(self, num_rows: int) -> bool:
@@ -87,7 +96,16 @@ class SequenceTensors:
         self._parked = None
         self._windows.clear()  # they name the old blocks
 
-    def _make_paged(self, window: Window, blocks: list[int]) -> PagedWindow:
+    def _make(self, window: Window, blocks: list[int]) -> WindowAttention:
+        if not self._kernels.is_triton:
+            return GatheredWindow(self._gathered(window, blocks))
+        cache = self._cache
+        batch = PagedBatch.make(
+            self.runs(window), [blocks], cache.num_kv_heads, cache.block_size, cache.device
+        )
+        return PagedRuns(batch, self._kernels)
+
+    def _gathered(self, window: Window, blocks: list[int]) -> PagedWindow:
         group = self._config.num_heads // self._config.num_kv_heads
         dtype, device = self._cache.keys.dtype, self._cache.device
         parts = [

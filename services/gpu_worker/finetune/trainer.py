@@ -16,11 +16,13 @@ from services.gpu_worker.finetune.memory import JobMemory
 from services.gpu_worker.finetune.optimizer import TrainableParameters
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.sequence_tensors import SequenceTensors
+from services.gpu_worker.finetune.window_attention import WindowAttention
 from services.gpu_worker.kernels.cross_entropy import LowRankHead
 from services.gpu_worker.kernels.dropout import Dropout
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
-from services.gpu_worker.model.context import AdapterRun, Capture, PagedWindow, VirtualRows
+from services.gpu_worker.kernels.paged_attention import Run
+from services.gpu_worker.model.context import AdapterRun, Capture, VirtualRows
 from services.gpu_worker.model.peft import EMBEDDING, HEAD, LoraConfig, Method, num_virtual_tokens
 from services.gpu_worker.model.transformer import Transformer
 
@@ -151,7 +153,9 @@ class Trainer:
         self._num_begun += 1
         self._tensors = None  # before the next sequence's are made
         extra = num_virtual_tokens(self.method)
-        self._tensors = SequenceTensors(sequence, dataset, extra, self._model.config, self._cache)
+        self._tensors = SequenceTensors(
+            sequence, dataset, extra, self._model.config, self._cache, self._model.weights.kernels
+        )
         self._dropout = self._make_dropout(sequence)
         if not sequence.evaluation:
             self._reserve(sequence.num_tokens)
@@ -178,9 +182,13 @@ class Trainer:
     def positions(self, window: Window) -> Tensor:
         return self._flight.positions[window.start : window.end]
 
-    def paged(self, window: Window) -> PagedWindow:
+    def attention(self, window: Window) -> WindowAttention:
         """Which keys the window's rows (counted from 0) read; the same for every layer."""
-        return self._flight.paged(window, self.job.blocks)
+        return self._flight.attention(window, self.job.blocks)
+
+    def runs(self, window: Window) -> list[Run]:
+        """The same as runs of rows over the job's blocks."""
+        return self._flight.runs(window)
 
     def adapter_run(self, window: Window, first_row: int) -> AdapterRun:
         """The job's adapter for the window's rows, which start at `first_row` of the stream."""
@@ -239,16 +247,13 @@ class Trainer:
         if window.end == self._flight.sequence.num_tokens:
             self._gradients.begin_layer(window.layer)
         tokens = slice(window.start, window.end)
-        paged, state = self.paged(window), self._gradients
-        keys, values = self._cache.gather(window.layer, paged.pages, 1)
+        state = self._gradients
         context = BackwardContext(
             window.layer,
             tokens,
             self._model.rotation(self.positions(window)),
-            paged,
+            self.attention(window).of_layer(self._cache, window.layer),
             self.adapter_run(window, 0),
-            keys,
-            values,
             state,
             self._model.weights.group,
         )

@@ -14,7 +14,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from services.gpu_worker.kernels import adamw, cross_entropy, norm_rope
+from services.gpu_worker.kernels import (
+    adamw,
+    cross_entropy,
+    norm_rope,
+    paged_attention,
+    paged_attention_backward,
+)
 
 KernelChoice = Literal["auto", "triton", "torch"]
 RmsNorm = Callable[[Tensor, Tensor, float], Tensor]
@@ -40,6 +46,8 @@ class Kernels:
     silu_mul_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     linear_cross_entropy: Callable[..., cross_entropy.CrossEntropy]
     adamw_: Callable[..., None]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, paged_attention.PagedBatch], tuple[Tensor, Tensor]]
+    paged_attention_backward: Callable[..., Tensor]
 
     @property
     def is_triton(self) -> bool:
@@ -56,6 +64,8 @@ TORCH = Kernels(
     norm_rope.silu_mul_backward,
     cross_entropy.linear_cross_entropy,
     adamw.adamw_,
+    paged_attention.paged_attention,
+    paged_attention_backward.paged_attention_backward,
 )
 
 
@@ -82,7 +92,7 @@ def choose_kernels(choice: KernelChoice, device: torch.device) -> Kernels:
 
 @functools.cache
 def _triton_kernels() -> Kernels:
-    from services.gpu_worker.kernels.triton import activation
+    from services.gpu_worker.kernels.triton import activation, attention, attention_backward
     from services.gpu_worker.kernels.triton import adamw as fused_adamw
     from services.gpu_worker.kernels.triton import cross_entropy as fused_cross_entropy
     from services.gpu_worker.kernels.triton import norm_rope as fused
@@ -97,6 +107,8 @@ def _triton_kernels() -> Kernels:
         _explained(activation.silu_mul_backward),
         _explained(fused_cross_entropy.linear_cross_entropy),
         _explained(fused_adamw.adamw_),
+        _explained(attention.paged_attention),
+        _explained(attention_backward.paged_attention_backward),
     )
 
 

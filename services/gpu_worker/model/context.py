@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from services.gpu_worker.kernels.attention import decode_attention, window_attention
 from services.gpu_worker.kernels.bypass import Bypass
 from services.gpu_worker.kernels.dropout import Dropout
 from services.gpu_worker.kernels.kv_cache import KVCache
-from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.adapters import AdapterWeights
+from services.gpu_worker.model.attention import Attention
 from services.gpu_worker.model.parallel import ALONE, Group
 from services.gpu_worker.model.peft import base_label
 from services.gpu_worker.model.weights import LayerWeights
@@ -39,32 +37,6 @@ class Capture:
     rows: slice
     sink: ActivationSink
     start: int
-
-
-@dataclass(slots=True)
-class WindowPart:
-    """A run of rows of one causal sequence: they are the last rows of `keys` in the gathered pages."""
-
-    rows: slice
-    keys: slice
-    mask: Tensor  # from kernels.attention.causal_mask
-
-
-@dataclass(slots=True)
-class PagedWindow:
-    """Rows that read the same block table: one prefill chunk, or a window over packed examples."""
-
-    pages: Tensor
-    parts: list[WindowPart]
-
-
-@dataclass(slots=True)
-class PagedDecode:
-    """Rows with one query token a sequence, attended together."""
-
-    rows: slice
-    pages: Tensor
-    mask: Tensor  # from kernels.attention.length_mask
 
 
 @dataclass(slots=True)
@@ -112,8 +84,7 @@ class ForwardContext:
     positions: Tensor  # int64 [N]
     slots: Tensor  # where the rows' keys and values are written, from KVCache.slots
     program: LayerProgram
-    windows: list[PagedWindow] = field(default_factory=list)
-    decode: PagedDecode | None = None
+    attention: Attention
     adapters: list[AdapterRun] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
     gate: LayerGate | None = None
@@ -145,21 +116,8 @@ class LayerContext:
         self.cache.write(self.index, self.batch.slots, k.unflatten(-1, heads), v.unflatten(-1, heads))
 
     def attend(self, q: Tensor, cached: None) -> tuple[Tensor, Tensor]:
-        batch, index = self.batch, self.index
         q_NHE = q.unflatten(-1, (-1, self.cache.head_dim))
-        out = torch.empty_like(q)
-        lse = q.new_empty(q_NHE.shape[:2], dtype=accumulation_dtype(q.dtype))
-        for window in batch.windows:
-            keys, values = self.cache.gather(index, window.pages, 1)
-            for part in window.parts:
-                out[part.rows], lse[part.rows] = window_attention(
-                    q_NHE[part.rows], keys[:, part.keys], values[:, part.keys], part.mask
-                )
-        if batch.decode is not None:
-            rows = batch.decode.rows
-            keys, values = self.cache.gather(index, batch.decode.pages, rows.stop - rows.start)
-            out[rows] = decode_attention(q_NHE[rows], keys, values, batch.decode.mask)
-        return out, lse
+        return self.batch.attention.attend(q_NHE, self.cache, self.index)
 
     def bypass(self, y: Tensor, x: Tensor, group: str) -> Tensor:
         return self.bypass_change(self.bypass_low_rank(y, x, group), x, group)
