@@ -28,11 +28,13 @@ def bind(graph: Graph, kernels: Kernels) -> None:
 def _forms(kernels: Kernels) -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         norm_rope.rms_norm: kernels.rms_norm,
+        norm_rope.add_rms_norm: kernels.add_rms_norm,
         norm_rope.rms_norm_backward: kernels.rms_norm_backward,
         norm_rope.silu_mul: kernels.silu_mul,
         norm_rope.silu_mul_backward: kernels.silu_mul_backward,
         layer.head_norm: layer.head_norm_by(kernels.rms_norm),
         layer.rotate: layer.rotate_by(kernels.rope),
+        layer.rotate_cache_write: layer.rotate_cache_write_by(kernels.rope_cache_write),
         layer_backward.head_norm_backward: layer_backward.head_norm_backward_by(kernels.rms_norm_backward),
         layer_backward.rotate_backward: layer_backward.rotate_backward_by(kernels.rope_backward),
     }

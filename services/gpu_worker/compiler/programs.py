@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from services.gpu_worker.compiler.emit import Program, compile_graph, emit_backward
 from services.gpu_worker.compiler.flops import backward_flops
+from services.gpu_worker.compiler.fuse import fuse
 from services.gpu_worker.compiler.rematerialize import ALWAYS_KEPT, Policy, loads, policies
 from services.gpu_worker.compiler.reverse import JointGraph, differentiate
 from services.gpu_worker.compiler.shard import trace_rank
@@ -43,7 +44,10 @@ class ForwardPrograms:
         key = sites, kept
         with self._lock:
             if key not in self._programs:
-                self._programs[key] = compile_graph(self.graph(sites, kept), self._kernels)
+                graph = self.graph(sites, kept)
+                if self._kernels.is_triton:
+                    fuse(graph)
+                self._programs[key] = compile_graph(graph, self._kernels)
             return self._programs[key]
 
     def graph(self, sites: frozenset[str], kept: frozenset[str]) -> Graph:

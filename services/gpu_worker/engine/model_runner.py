@@ -27,6 +27,7 @@ from services.gpu_worker.model.context import (
     ForwardContext,
     VirtualRows,
 )
+from services.gpu_worker.model.low_rank import low_rank_of
 from services.gpu_worker.model.transformer import Transformer
 
 LOGPROB_ROWS = 64  # of a prompt whose full logits exist at a time
@@ -262,6 +263,7 @@ class ModelRunner:
             adapters=runs,
             captures=captures,
         )
+        context.low_rank = low_rank_of(runs, self.model.weights)
         return torch.cat(tokens), context
 
     def _attention(self, rows: _Rows) -> Attention:

@@ -17,6 +17,8 @@ from torch import Tensor
 from services.gpu_worker.kernels import (
     adamw,
     cross_entropy,
+    kv_cache,
+    lora_stream,
     norm_rope,
     paged_attention,
     paged_attention_backward,
@@ -26,6 +28,7 @@ KernelChoice = Literal["auto", "triton", "torch"]
 RmsNorm = Callable[[Tensor, Tensor, float], Tensor]
 RmsNormBackward = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Rotation = Callable[[Tensor, Tensor, Tensor], Tensor]
+RopeCacheWrite = Callable[..., Tensor]
 Result = TypeVar("Result")
 
 
@@ -39,15 +42,18 @@ class Kernels:
 
     name: Literal["torch", "triton"]
     rms_norm: RmsNorm
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rms_norm_backward: RmsNormBackward
     rope: Rotation
     rope_backward: Rotation
+    rope_cache_write: RopeCacheWrite
     silu_mul: Callable[[Tensor, Tensor], Tensor]
     silu_mul_backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     linear_cross_entropy: Callable[..., cross_entropy.CrossEntropy]
     adamw_: Callable[..., None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, paged_attention.PagedBatch], tuple[Tensor, Tensor]]
     paged_attention_backward: Callable[..., Tensor]
+    add_low_rank_: Callable[[Tensor, Tensor, lora_stream.LoraStream, int, int], Tensor]
 
     @property
     def is_triton(self) -> bool:
@@ -57,15 +63,18 @@ class Kernels:
 TORCH = Kernels(
     "torch",
     norm_rope.rms_norm,
+    norm_rope.add_rms_norm,
     norm_rope.rms_norm_backward,
     norm_rope.rope,
     norm_rope.rope_backward,
+    kv_cache.rope_cache_write,
     norm_rope.silu_mul,
     norm_rope.silu_mul_backward,
     cross_entropy.linear_cross_entropy,
     adamw.adamw_,
     paged_attention.paged_attention,
     paged_attention_backward.paged_attention_backward,
+    lora_stream.add_low_rank_,
 )
 
 
@@ -95,20 +104,25 @@ def _triton_kernels() -> Kernels:
     from services.gpu_worker.kernels.triton import activation, attention, attention_backward
     from services.gpu_worker.kernels.triton import adamw as fused_adamw
     from services.gpu_worker.kernels.triton import cross_entropy as fused_cross_entropy
+    from services.gpu_worker.kernels.triton import kv_cache as fused_cache
+    from services.gpu_worker.kernels.triton import lora_stream as fused_lora
     from services.gpu_worker.kernels.triton import norm_rope as fused
 
     return Kernels(
         "triton",
         _explained(fused.rms_norm),
+        _explained(fused.add_rms_norm),
         _explained(fused.rms_norm_backward),
         _explained(fused.rope),
         _explained(fused.rope_backward),
+        _explained(fused_cache.rope_cache_write),
         _explained(activation.silu_mul),
         _explained(activation.silu_mul_backward),
         _explained(fused_cross_entropy.linear_cross_entropy),
         _explained(fused_adamw.adamw_),
         _explained(attention.paged_attention),
         _explained(attention_backward.paged_attention_backward),
+        _explained(fused_lora.add_low_rank_),
     )
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from services.gpu_worker.kernels.bypass import Bottleneck, Bypass
+from services.gpu_worker.kernels.bypass import Bottleneck, Bypass, Moves
+from services.gpu_worker.kernels.lora_stream import LoraPairs
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.model.layouts import BACKBONE, ONE_RANK, ROW, Layout, State
 from services.gpu_worker.model.parameters import Key, Parameter
 from services.gpu_worker.model.peft import (
     EMBEDDING,
+    GROUPS,
     HEAD,
     BottleneckConfig,
     LoraConfig,
@@ -93,6 +96,14 @@ class AdapterWeights:
         """A and the scaled B of the embedding or the head."""
         a, b = self.outside.get(f"{module}.a"), self.outside.get(f"{module}.b")
         return None if a is None or b is None else (a, b)
+
+    @cached_property
+    def low_rank_pairs(self) -> LoraPairs | None:
+        """The low-rank parts of all layers; None where ranks move tensors between the products."""
+        bypasses = [[layer.get(group) for group in GROUPS] for layer in self.layers]
+        if any(b is not None and b.moves != Moves() for layer in bypasses for b in layer):
+            return None
+        return LoraPairs([[_pair(bypass) for bypass in layer] for layer in bypasses])
 
     def divides_input(self, group: str) -> bool:
         """Whether a fused linear reads only the rank's part of the features."""
@@ -249,6 +260,10 @@ class AdapterWeights:
         if self.divides_input(projection.group):  # the other ranks have the rows' other columns
             found = self._base.group.all_reduce_(found.square()).sqrt()
         return found
+
+
+def _pair(bypass: Bypass | None) -> tuple[Tensor, Tensor] | None:
+    return None if bypass is None or bypass.a is None or bypass.b is None else (bypass.a, bypass.b)
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,6 +67,25 @@ class AdapterRun:
         return self.dropout.mask(layer, group, tokens, x, self.weights.part_of_input(group))
 
 
+class LowRank(Protocol):
+    """What the low-rank parts of a stream's runs add to a fused linear's output."""
+
+    def add_(self, y: Tensor, x: Tensor, layer: int, group: str) -> None:
+        """`y` [N, out] += the low-rank parts of `x` [N, in]."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunByRun:
+    runs: Sequence[AdapterRun]
+
+    def add_(self, y: Tensor, x: Tensor, layer: int, group: str) -> None:
+        for run in self.runs:
+            bypass = run.weights.layers[layer].get(group)
+            if bypass is not None:
+                read = x[run.start : run.end]
+                bypass.add_low_rank_(y[run.start : run.end], read, run.mask(layer, group, read))
+
+
 class LayerGate(Protocol):
     """Keeps forwards that run at once in order."""
 
@@ -88,6 +107,10 @@ class ForwardContext:
     adapters: list[AdapterRun] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
     gate: LayerGate | None = None
+    low_rank: LowRank = field(init=False)  # of the adapters; run by run until somebody knows better
+
+    def __post_init__(self) -> None:
+        self.low_rank = RunByRun(self.adapters)
 
 
 @dataclass(slots=True)
@@ -123,9 +146,7 @@ class LayerContext:
         return self.bypass_change(self.bypass_low_rank(y, x, group), x, group)
 
     def bypass_low_rank(self, y: Tensor, x: Tensor, group: str) -> Tensor:
-        for run, bypass in self._bypasses(group):
-            read = x[run.start : run.end]
-            bypass.add_low_rank_(y[run.start : run.end], read, run.mask(self.index, group, read))
+        self.batch.low_rank.add_(y, x, self.index, group)
         return y
 
     def bypass_change(self, y: Tensor, x: Tensor, group: str) -> Tensor:

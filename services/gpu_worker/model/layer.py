@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from services.gpu_worker.kernels.backend import RmsNorm, Rotation
+from services.gpu_worker.kernels.backend import RmsNorm, RopeCacheWrite, Rotation
+from services.gpu_worker.kernels.kv_cache import rope_cache_write
 from services.gpu_worker.kernels.linear import FrozenLinear
 from services.gpu_worker.kernels.norm_rope import rms_norm, rope, silu_mul
 from services.gpu_worker.model.config import ModelConfig
@@ -79,6 +80,20 @@ def cache_write(k: Tensor, v: Tensor, ctx: LayerContext) -> Any:
     that `attend` comes later, which finds them in the cache."""
     ctx.cache_write(k, v)
     return None
+
+
+def rotate_cache_write_by(kernel: RopeCacheWrite) -> Callable[[Tensor, Tensor, Tensor, LayerContext], Tensor]:
+    def rotate_cache_write(q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
+        """`rotate` of queries and keys and `cache_write` in one. Returns the queries."""
+        heads = (-1, ctx.cache.head_dim)
+        places = ctx.batch.slots, ctx.cache.keys[ctx.index], ctx.cache.values[ctx.index]
+        stream = (x.unflatten(-1, heads) for x in (q, k, v))
+        return kernel(*stream, *ctx.rotation, *places).flatten(1)
+
+    return rotate_cache_write
+
+
+rotate_cache_write = rotate_cache_write_by(rope_cache_write)
 
 
 def attend(q: Tensor, cached: None, ctx: LayerContext) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,80 @@
+"""Low-rank parts of all of a model's linears, tables placed once: the kernel and its torch twin against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from services.gpu_worker.kernels import lora_stream as torch_twin
+from services.gpu_worker.kernels.lora_stream import LoraPairs, LoraStream, StreamRun
+from services.gpu_worker.kernels.triton import lora_stream as kernel
+from services.gpu_worker.kernels.triton.common import UnsupportedShape
+from tests.kernels.triton.twins import DTYPES, Numbers, assert_close
+
+both = pytest.mark.parametrize("ops", [torch_twin, kernel], ids=["torch", "triton"])
+WIDTHS = [(40, 72), (72, 40)]  # of a layer's two linears
+RANKS = [
+    [(4, 3), (4, 3)],
+    [(20, None), (8, None)],
+    [(None, 1), (5, 16)],
+]  # of an adapter, by layer and linear
+RUNS = [(1, 2, 0), (2, 20, 1), (23, 27, 2), (27, 28, 0)]  # first row, end, adapter
+ROUNDINGS = 3  # of intermediates too
+
+
+def make_stream(draw: Numbers, device: torch.device) -> LoraStream:
+    adapters = [
+        LoraPairs(
+            [
+                [
+                    None
+                    if rank is None
+                    else (draw(rank, width, scale=width**-0.5), draw(out, rank, scale=0.5))
+                    for rank, (width, out) in zip(ranks, WIDTHS, strict=True)
+                ]
+                for ranks in layers
+            ]
+        )
+        for layers in RANKS
+    ]
+    return LoraStream(tuple(StreamRun(start, end, adapters[i]) for start, end, i in RUNS), device)
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_run_gets_its_own_adapter_in_every_linear(
+    ops: Any, dtype: torch.dtype, device: torch.device
+) -> None:
+    draw = Numbers(dtype, device)
+    stream = make_stream(draw, device)
+    for layer in range(2):
+        for linear, (width, out) in enumerate(WIDTHS):
+            x, y = draw.apart(30, width), draw(30, out)
+            exact = y.double()
+            for run in stream.runs:
+                pair = run.pairs.layers[layer][linear]
+                if pair is not None:
+                    rows = slice(run.start, run.end)
+                    exact[rows] += x[rows].double() @ pair[0].double().T @ pair[1].double().T
+            before = y.clone()
+            assert ops.add_low_rank_(y, x, stream, layer, linear) is y
+            assert_close(y, exact, dtype, ROUNDINGS)
+            for free in (slice(0, 1), slice(20, 23), slice(28, 30)):
+                assert torch.equal(y[free], before[free])
+
+
+def test_pairs_are_never_read_for_rows_that_they_do_not_fit(device: torch.device) -> None:
+    draw = Numbers(torch.float32, device)
+    stream = make_stream(draw, device)
+    with pytest.raises(UnsupportedShape, match=r"rows 1 to 2 of x torch.float32 \[30, 41\]"):
+        kernel.add_low_rank_(draw(30, 72), draw(30, 41), stream, 0, 0)
+    with pytest.raises(UnsupportedShape, match=r"rows 23 to 27 .* \[25, 40\]"):
+        kernel.add_low_rank_(draw(25, 72), draw(25, 40), stream, 1, 0)
+
+
+def test_a_pair_without_a_common_rank_is_refused(device: torch.device) -> None:
+    draw = Numbers(torch.float32, device)
+    with pytest.raises(ValueError, match=r"A \[4, 8\] and B \[8, 3\] are no dense pair"):
+        LoraPairs([[(draw(4, 8), draw(8, 3))]])
