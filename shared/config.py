@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     int4_group_size: int = Field(default=32, ge=1)  # weights of a row that share a scale in int4
     num_threads: int = Field(default=0, ge=0)  # CPU threads of the engine, on each rank; 0: all cores
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: Triton's on a GPU, torch's elsewhere
+    cuda_graphs: bool = True  # forwards over decodes alone are recorded and replayed; on a GPU, one rank
     lanes: bool = True  # two halves of a CPU's threads may work at once: one serves while the other trains
     profile_dir: str = ".flexllm/profiles"  # of measured iteration times; empty: none are kept
     tensor_parallel: int = Field(default=1, ge=1)  # ranks that share the model: GPUs, or processes on CPUs

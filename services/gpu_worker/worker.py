@@ -188,6 +188,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         dtype=settings.dtype,
         num_threads=settings.num_threads,
         kernels=settings.kernels,
+        cuda_graphs=settings.cuda_graphs,
         lanes=settings.lanes,
         quantise=settings.quantise,
         profile_dir=Path(settings.profile_dir) if settings.profile_dir else None,

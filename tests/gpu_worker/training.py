@@ -45,8 +45,9 @@ def make_transformer(
     group: Group = ALONE,
     kernels: Kernels = TORCH,
     device: torch.device = CPU,
+    max_position: int = 512,
 ) -> Transformer:
-    return Transformer(load_weights(folder, dtype, device, group=group, kernels=kernels), max_position=512)
+    return Transformer(load_weights(folder, dtype, device, group=group, kernels=kernels), max_position)
 
 
 def make_trainer(

@@ -58,6 +58,7 @@ class EngineConfig:
     dtype: str = "auto"
     num_threads: int = 0  # 0: all cores
     kernels: KernelChoice = "auto"  # auto: Triton's on a GPU, torch's elsewhere
+    cuda_graphs: bool = True  # forwards over decodes alone are recorded; with Triton's kernels on a GPU
     lanes: bool = True  # two halves of a CPU's threads may work at once
     quantise: Literal["none", "int8", "int4"] = "none"  # the layers' linears; embedding and head stay dense
     int4_group_size: int = GROUP_SIZE  # inputs that share a scale
@@ -150,6 +151,8 @@ class Engine:
         self.cache = self._make_cache(device, free)
         self.adapters = AdapterPool(config.max_adapters)
         self.runner = ModelRunner(self.model, self.cache, self.adapters, self._make_lanes(device))
+        if config.cuda_graphs and kernels.is_triton and device.type == "cuda" and group.size == 1:
+            self.runner.record_decodes(config.scheduler.max_num_seqs, self.max_model_len)
         self.admission = self._make_admission()
         self.admission.set_budget(config.finetune_bytes, free - self.cache.size_bytes, config.max_adapters)
         self.blocks = BlockManager(self.cache.num_blocks, config.block_size)

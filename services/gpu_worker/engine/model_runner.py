@@ -13,6 +13,7 @@ from torch import Tensor
 
 from services.gpu_worker.compiler.programs import ForwardPrograms
 from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, LaneTiming, Sampled, Timing, Update
+from services.gpu_worker.engine.decode_graphs import DecodeGraphs
 from services.gpu_worker.engine.lanes import Gate, Lanes, Progress
 from services.gpu_worker.engine.sampler import logprob_entry, sample
 from services.gpu_worker.engine.sequence import Sequence
@@ -43,7 +44,7 @@ class RunResult:
 
 
 @dataclass(slots=True)
-class _Rows:
+class Rows:
     """Who has which rows of the flat stream: training windows, then pieces of prompts, then decodes."""
 
     forwards: list[tuple[JobWindow, slice]]
@@ -53,6 +54,10 @@ class _Rows:
     @property
     def chunks(self) -> list[tuple[Chunk, slice]]:
         return self.prompts + self.decodes
+
+    @property
+    def are_decodes(self) -> bool:
+        return not (self.forwards or self.prompts)
 
 
 class ModelRunner:
@@ -65,8 +70,14 @@ class ModelRunner:
         self.adapters = adapters
         self.lanes = lanes
         self.trainers: dict[str, Trainer] = {}
+        self.decode_graphs: DecodeGraphs | None = None
         weights = model.weights
         self._programs = ForwardPrograms(weights.whole, weights.group.size, weights.kernels)
+
+    def record_decodes(self, max_rows: int, max_model_len: int) -> None:
+        """From here on forwards over decodes alone are recorded. Raises ValueError for kernels of torch."""
+        sizes = max_rows, max_model_len, self.adapters.capacity
+        self.decode_graphs = DecodeGraphs(self.model, self.cache, self._programs, *sizes)
 
     @property
     def device(self) -> torch.device:
@@ -171,14 +182,12 @@ class ModelRunner:
         self, lane: int, batch: Batch, forwards: list[JobWindow], progress: Progress, result: RunResult
     ) -> None:
         own = [work for work in forwards if work.lane == lane]
-        rows = self._lay_out(batch if lane == 0 else Batch(), own)
+        rows = self.lay_out(batch if lane == 0 else Batch(), own)
         if not (rows.forwards or rows.chunks):
             return
-        tokens, context = self._context(rows)
         beside = {work.job.job_id for work in forwards if work.lane != lane}
-        if beside.intersection(work.job.job_id for work in own):
-            context.gate = Gate(progress, lane, follows=lane == 0)
-        hidden = self.model.forward(tokens, self.cache, context)
+        is_beside_itself = beside.intersection(work.job.job_id for work in own)
+        hidden = self.hidden(rows, Gate(progress, lane, follows=lane == 0) if is_beside_itself else None)
         if rows.chunks:
             result.sampled = self._sample(rows, hidden)
         for work, span in rows.forwards:
@@ -191,7 +200,27 @@ class ModelRunner:
             if chunk.sequence.sampling.prompt_logprobs is not None:
                 self._prompt_logprobs(chunk, hidden[span])
 
-    def _sample(self, rows: _Rows, hidden: Tensor) -> list[Sampled]:
+    def hidden(self, rows: Rows, gate: Gate | None = None) -> Tensor:
+        """Hidden states [N, D] of the stream."""
+        tokens = self._tokens(rows)
+        if self.decode_graphs is not None and rows.are_decodes:
+            found = self.decode_graphs.forward(rows.decodes, tokens, self._adapter_runs(rows))
+            if found is not None:
+                return found
+        context = self._context(rows)
+        context.gate = gate
+        return self.model.forward(tokens, self.cache, context)
+
+    def _tokens(self, rows: Rows) -> Tensor:
+        """int64 [N]."""
+        tokens = [self._trainer(work).tokens(work.window) for work, _ in rows.forwards]
+        flat: list[int] = []
+        for chunk, _ in rows.chunks:
+            flat += chunk.sequence.tokens[chunk.start : chunk.start + chunk.num_tokens]
+        tokens.append(torch.tensor(flat, dtype=torch.int64, device=self.device))
+        return torch.cat(tokens)
+
+    def _sample(self, rows: Rows, hidden: Tensor) -> list[Sampled]:
         done = [(chunk.sequence, span.stop - 1) for chunk, span in rows.chunks if chunk.samples]
         if not done:
             return []
@@ -211,7 +240,7 @@ class ModelRunner:
         failed = {job_id for job_id, _ in result.failures}
         return [work for work in forwards if work.job.job_id not in failed]
 
-    def _lay_out(self, batch: Batch, forwards: list[JobWindow]) -> _Rows:
+    def lay_out(self, batch: Batch, forwards: list[JobWindow]) -> Rows:
         """Decodes are sorted by adapter, so that those who share one are one run of rows."""
         decodes = sorted(batch.decodes, key=lambda sequence: sequence.adapter or "")
         offset = 0
@@ -221,14 +250,13 @@ class ModelRunner:
             offset += num_tokens
             return slice(offset - num_tokens, offset)
 
-        return _Rows(
+        return Rows(
             [(work, span(work.window.num_tokens)) for work in forwards],
             [(chunk, span(chunk.num_tokens)) for chunk in batch.prompts],
             [(Chunk(sequence, sequence.num_computed_tokens, 1), span(1)) for sequence in decodes],
         )
 
-    def _context(self, rows: _Rows) -> tuple[Tensor, ForwardContext]:
-        tokens: list[Tensor] = []
+    def _context(self, rows: Rows) -> ForwardContext:
         positions: list[Tensor] = []
         blocks: list[int] = []
         offsets: list[int] = []
@@ -236,21 +264,17 @@ class ModelRunner:
         size = self.cache.block_size
         for work, span in rows.forwards:
             trainer, window = self._trainer(work), work.window
-            tokens.append(trainer.tokens(window))
             positions.append(trainer.positions(window))
             blocks += [work.job.blocks[i // size] for i in range(window.start, window.end)]
             offsets += [i % size for i in range(window.start, window.end)]
             if not work.sequence.evaluation:
                 captures.append(Capture(span, trainer.store, window.start))
-        flat: list[int] = []
         places: list[int] = []
         for chunk, _ in rows.chunks:
             table, end = chunk.sequence.block_table, chunk.start + chunk.num_tokens
-            flat += chunk.sequence.tokens[chunk.start : end]
             places += range(chunk.start, end)
             blocks += [table[i // size] for i in range(chunk.start, end)]
             offsets += [i % size for i in range(chunk.start, end)]
-        tokens.append(torch.tensor(flat, dtype=torch.int64, device=self.device))
         positions.append(torch.tensor(places, dtype=torch.int64, device=self.device))
         runs = self._adapter_runs(rows)
         sites = frozenset().union(*(run.weights.sites for run in runs))
@@ -264,14 +288,14 @@ class ModelRunner:
             captures=captures,
         )
         context.low_rank = low_rank_of(runs, self.model.weights)
-        return torch.cat(tokens), context
+        return context
 
-    def _attention(self, rows: _Rows) -> Attention:
+    def _attention(self, rows: Rows) -> Attention:
         windows = [(self._trainer(work), work.window, span) for work, span in rows.forwards]
         stream = Stream(windows, rows.prompts, rows.decodes)
         return attention_of(stream, self.cache, self.model.weights.kernels, self.model.config.num_heads)
 
-    def _adapter_runs(self, rows: _Rows) -> list[AdapterRun]:
+    def _adapter_runs(self, rows: Rows) -> list[AdapterRun]:
         """Of training windows each its own; of requests runs of neighbouring rows with the same adapter."""
         training = [self._trainer(work).adapter_run(work.window, span.start) for work, span in rows.forwards]
         serving = _runs((span.start, span.stop, self._adapter(c.sequence)) for c, span in rows.chunks)
@@ -280,7 +304,7 @@ class ModelRunner:
                 run.virtual = self._virtual_rows(run, rows)
         return training + serving
 
-    def _virtual_rows(self, run: AdapterRun, rows: _Rows) -> VirtualRows | None:
+    def _virtual_rows(self, run: AdapterRun, rows: Rows) -> VirtualRows | None:
         places: list[int] = []
         tokens: list[int] = []
         for chunk, span in rows.chunks:

@@ -105,11 +105,13 @@ def rope_cache_write(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """Rotated queries [N, H, E]; rotated keys, and values, go to `slots` (from `KVCache.slots`).
+    """Rotated queries [N, H, E]; rotated keys, and values, go to `slots` (from `KVCache.slots`), but for those at a
+    slot below 0, which go nowhere.
 
     `keys` and `values` are one layer's, `KVCache.keys[layer]` and `KVCache.values[layer]`.
     """
     head_dim = k_NGE.shape[-1]
-    keys.view(-1, head_dim).index_copy_(0, slots, rope(k_NGE, cos_NE, sin_NE).reshape(-1, head_dim))
-    values.view(-1, head_dim).index_copy_(0, slots, v_NGE.reshape(-1, head_dim))
+    written = slots >= 0
+    for cached, heads in ((keys, rope(k_NGE, cos_NE, sin_NE)), (values, v_NGE)):
+        cached.view(-1, head_dim).index_copy_(0, slots[written], heads.reshape(-1, head_dim)[written])
     return rope(q_NHE, cos_NE, sin_NE)

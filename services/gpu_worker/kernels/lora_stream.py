@@ -52,11 +52,16 @@ class StreamRun:
 
 @dataclass(frozen=True, slots=True)
 class LoraStream:
-    """Runs in the order of their rows, which overlap nowhere."""
+    """Runs in the order of their rows, which overlap nowhere. There may be a plan without runs: tables that are
+    filled anew for every step."""
 
     runs: tuple[StreamRun, ...]
     device: torch.device
     _plans: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.runs or self._plans)
 
     def plan(self, key: str, make: Callable[[], Plan]) -> Plan:
         """What a kernel works out once for all linears."""

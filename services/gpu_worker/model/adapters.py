@@ -97,6 +97,12 @@ class AdapterWeights:
         a, b = self.outside.get(f"{module}.a"), self.outside.get(f"{module}.b")
         return None if a is None or b is None else (a, b)
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it does no more to the layers, nor to what they read, than add low-rank parts to linears."""
+        is_plain = isinstance(self.method, LoraConfig) and not self.method.dora
+        return is_plain and self.low_rank(EMBEDDING) is None
+
     @cached_property
     def low_rank_pairs(self) -> LoraPairs | None:
         """The low-rank parts of all layers; None where ranks move tensors between the products."""

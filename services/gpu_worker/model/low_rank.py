@@ -37,6 +37,6 @@ class Together:
     others: RunByRun
 
     def add_(self, y: Tensor, x: Tensor, layer: int, group: str) -> None:
-        if self.stream.runs:
+        if not self.stream.is_empty:
             self.kernels.add_low_rank_(y, x, self.stream, layer, GROUPS.index(group))
         self.others.add_(y, x, layer, group)

@@ -66,7 +66,8 @@ def _rope_cache_write_kernel(
         high = load_rows(k_ptr + HALF, rows, columns, mask, KV_HEADS, k_stride, k_head_stride)
         angles = (rows // KV_HEADS)[:, None] * (2 * HALF) + columns[None, :]
         low, high = rotated(low, high, cos_ptr, sin_ptr, angles, mask, HALF, False)
-        slots = tl.load(slots_ptr + rows, mask=inside, other=0)
+        slots = tl.load(slots_ptr + rows, mask=inside, other=-1)
+        mask &= (slots >= 0)[:, None]
         place = slots[:, None] * (2 * HALF) + columns[None, :]
         tl.store(keys_ptr + place, low.to(dtype), mask=mask)
         tl.store(keys_ptr + place + HALF, high.to(dtype), mask=mask)
@@ -86,7 +87,8 @@ def rope_cache_write(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """Rotated queries [N, H, E]; rotated keys, and values, go to `slots` (int64 [N * G]) of one layer's cache."""
+    """Rotated queries [N, H, E]; rotated keys, and values, go to `slots` (int64 [N * G]) of one layer's cache,
+    those at a slot below 0 nowhere."""
     q, k, v = rows_of("q", q_NHE), rows_of("k", k_NGE), rows_of("v", v_NGE)
     cos, sin = check_rotation(q, cos_NE, sin_NE)
     num_tokens = q_NHE.shape[0]

@@ -25,6 +25,8 @@ from services.gpu_worker.kernels.triton.lora_tables import (
 )
 from services.gpu_worker.kernels.triton.rows import check_floats
 
+PLAN = "triton"  # under which a stream keeps its `StreamTables`
+
 
 @dataclass(frozen=True, slots=True)
 class StreamTables:
@@ -48,15 +50,15 @@ class StreamTables:
         )  # fmt: skip
 
 
-def tables_of(runs: Sequence[StreamRun]) -> StreamTables:
-    """On the host."""
+def tables_of(runs: Sequence[StreamRun], tile_rows: int = 0) -> StreamTables:
+    """On the host; `tile_rows` 0: by the runs' mean length."""
     addresses = torch.stack([run.pairs.addresses for run in runs], 2)  # [layers, linears, runs, 3]
     ranks = addresses[..., 2]
     starts = torch.tensor([run.start for run in runs])
     sizes = ranks * (torch.tensor([run.end for run in runs]) - starts)
     low_starts = sizes.cumsum(-1) - sizes
     adapters = torch.cat([addresses, starts.expand_as(ranks)[..., None], low_starts[..., None]], -1)
-    step = _tile_rows(runs)
+    step = tile_rows or _tile_rows(runs)
     tiles = [(i, first, run.end) for i, run in enumerate(runs) for first in range(run.start, run.end, step)]
     return StreamTables(
         torch.tensor(tiles, dtype=torch.int64).view(-1, TILE_COLUMNS),
@@ -75,9 +77,9 @@ def _tile_rows(runs: Sequence[StreamRun]) -> int:
 
 def add_low_rank_(y: Tensor, x: Tensor, stream: LoraStream, layer: int, linear: int) -> Tensor:
     """`y` [N, out] += each run's rows of `x` [N, in] times its A^T B^T; rows of no run stay."""
-    if not stream.runs:
+    if stream.is_empty:
         return y
-    tables: StreamTables = stream.plan("triton", lambda: tables_of(stream.runs).sent(stream.device))
+    tables: StreamTables = stream.plan(PLAN, lambda: tables_of(stream.runs).sent(stream.device))
     max_rank = tables.max_ranks[linear]
     if not max_rank:
         return y

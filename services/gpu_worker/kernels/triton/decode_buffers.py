@@ -1,0 +1,225 @@
+"""Where a forward over decodes alone finds what changes from step to step, so that its launches can be recorded.
+
+A recorded launch has fixed addresses and grids. So the tables of attention and of adapters lie in memory of their own,
+and batches are padded up to a few shapes: with rows that write no key, tiles without a token, merges of no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from services.gpu_worker.kernels.lora_stream import LoraStream, StreamRun
+from services.gpu_worker.kernels.paged_attention import RUN_COLUMNS, PagedBatch, Run
+from services.gpu_worker.kernels.triton.attention_tiles import (
+    MERGE_COLUMNS,
+    TILE_COLUMNS,
+    Shapes,
+    Tiles,
+    cut_queries,
+)
+from services.gpu_worker.kernels.triton.lora_stream import PLAN, StreamTables, tables_of
+from services.gpu_worker.kernels.triton.lora_tables import FEW_RANKS, FEW_ROWS
+from services.gpu_worker.kernels.triton.lora_tables import TILE_COLUMNS as LORA_TILE_COLUMNS
+
+NO_SLOT = -1
+NO_TILE = (0, 1, 0, 0, -1)  # a decode has no token 1, and there are no keys from 0 to 0
+NO_MERGE = (0, 1, 0, 0)
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    """What the launches of a forward are fixed to."""
+
+    rows: int
+    tiles: int  # of attention
+    is_split: bool  # whether some row's keys are cut into parts
+    lora_tiles: int = 0
+    ranks: tuple[int, ...] = ()  # most of an adapter, by linear
+
+    def spans(self, num_kv_heads: int) -> dict[str, tuple[int, int]]:
+        """Where each table starts and ends, in units of 4 bytes; block tables come last and are as long as they are."""
+        sizes = {
+            "positions": 2 * self.rows,
+            "slots": 2 * self.rows * num_kv_heads,
+            "columns": RUN_COLUMNS * self.rows,
+            "tiles": TILE_COLUMNS * self.tiles,
+            "merges": MERGE_COLUMNS * self.rows if self.is_split else 0,
+        }
+        found, start = {}, 0
+        for name, size in sizes.items():
+            found[name] = (start, start + size)
+            start += size
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTables:
+    """Views of one shape."""
+
+    positions: Tensor  # int64 [rows]
+    slots: Tensor  # int64 [rows * G]
+    batch: PagedBatch
+    stream: LoraStream
+
+
+class DecodeBuffers:
+    """One set for all shapes: no two forwards are under way at once."""
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        max_rows: int,
+        max_pages: int,
+        adapter_shape: tuple[int, int, int],
+        device: torch.device,
+    ) -> None:
+        """`max_pages` of a row; `adapter_shape` is that of the model: layers, linears of each, runs at most."""
+        self._shapes, self._device = shapes, device
+        self._form, _ = shapes.forward_forms()
+        self._max_rows, self._max_runs = max_rows, adapter_shape[2]
+        most_tiles = max_rows * (1 + max_pages * shapes.block_size // self._form.part)
+        largest = DecodeShape(max_rows, _power_of_2(most_tiles), True)
+        self._tables = torch.zeros(
+            max(end for _, end in largest.spans(shapes.num_kv_heads).values()) + max_rows * max_pages,
+            dtype=torch.int32,
+            device=device,
+        )
+        self._lora_tiles = torch.zeros(
+            _power_of_2(max_rows), LORA_TILE_COLUMNS, dtype=torch.int64, device=device
+        )
+        self._adapters = torch.zeros(*adapter_shape, 5, dtype=torch.int64, device=device)
+        self._last: tuple[tuple[StreamRun, ...], StreamTables] | None = None
+        self._placed: tuple[DecodeShape, tuple[StreamRun, ...]] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return self._tables.nbytes + self._lora_tiles.nbytes + self._adapters.nbytes
+
+    # --- shapes
+
+    def find_shape(self, num_keys: Sequence[int], runs: Sequence[StreamRun]) -> DecodeShape | None:
+        """The smallest shape that a batch fits; None where it fits none. `num_keys` of each row, its own included."""
+        if not num_keys or len(num_keys) > self._max_rows or len(runs) > self._max_runs:
+            return None
+        parts = [-(-n // self._form.part) for n in num_keys]
+        rows = next((size for size in ROWS if size >= len(num_keys)), None)
+        if rows is None or rows > self._max_rows:
+            return None
+        shape = DecodeShape(rows, max(rows, _power_of_2(sum(parts))), max(parts) > 1)
+        if not runs:
+            return shape
+        tables = self._tables_of(tuple(runs))
+        if not tables.aligned:
+            return None
+        ranks = tuple(max(FEW_RANKS, _power_of_2(rank)) if rank else 0 for rank in tables.max_ranks)
+        return replace(shape, lora_tiles=_power_of_2(len(tables.tiles)), ranks=ranks)
+
+    def tables(self, shape: DecodeShape) -> DecodeTables:
+        spans = shape.spans(self._shapes.num_kv_heads)
+
+        def view(name: str) -> Tensor:
+            return self._tables[slice(*spans[name])]
+
+        tiles = Tiles(
+            view("tiles").view(-1, TILE_COLUMNS), view("merges").view(-1, MERGE_COLUMNS),
+            shape.tiles if shape.is_split else 0,
+        )  # fmt: skip
+        batch = PagedBatch(
+            (Run(1, 1),) * shape.rows,
+            self._shapes.num_kv_heads,
+            self._shapes.block_size,
+            view("columns").view(-1, RUN_COLUMNS),
+            self._tables[self._blocks_start(shape) :],
+            {("forward", self._shapes): [(self._form, tiles)]},
+        )
+        return DecodeTables(
+            view("positions").view(torch.int64), view("slots").view(torch.int64), batch, self._stream(shape)
+        )
+
+    def _blocks_start(self, shape: DecodeShape) -> int:
+        return max(end for _, end in shape.spans(self._shapes.num_kv_heads).values())
+
+    def _stream(self, shape: DecodeShape) -> LoraStream:
+        if not shape.lora_tiles:
+            return LoraStream((), self._device)
+        tables = StreamTables(
+            self._lora_tiles[: shape.lora_tiles], self._adapters, shape.ranks, shape.rows * max(shape.ranks),
+            FEW_ROWS, True,
+        )  # fmt: skip
+        return LoraStream((), self._device, {PLAN: tables})
+
+    # --- a step
+
+    def fill(
+        self, shape: DecodeShape, num_keys: Sequence[int], block_tables: Sequence[Sequence[int]],
+        runs: Sequence[StreamRun],
+    ) -> None:  # fmt: skip
+        """Everything that the next forward of this shape reads, in one copy, and one more where adapters change."""
+        spans, size = shape.spans(self._shapes.num_kv_heads), self._shapes.block_size
+        pages = [list(table[: -(-n // size)]) for table, n in zip(block_tables, num_keys, strict=True)]
+        numbers = {
+            "columns": self._columns(shape, num_keys, pages),
+            **self._tiles(shape, num_keys),
+        }
+        flat = [number for name in ("columns", "tiles", "merges") for number in numbers[name]]
+        flat += [block for own in pages for block in own]
+        wide = self._places(shape, num_keys, pages)
+        start = spans["columns"][0]
+        host = torch.empty(start + len(flat), dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        host[:start].view(torch.int64).copy_(wide)
+        host[start:].copy_(torch.tensor(flat, dtype=torch.int32))
+        self._tables[: len(host)].copy_(host, non_blocking=True)
+        self._place_adapters(shape, tuple(runs))
+
+    def _places(self, shape: DecodeShape, num_keys: Sequence[int], pages: list[list[int]]) -> Tensor:
+        """int64: positions, then slots."""
+        heads, size, padding = self._shapes.num_kv_heads, self._shapes.block_size, shape.rows - len(num_keys)
+        last = torch.tensor(num_keys, dtype=torch.int64) - 1
+        blocks = torch.tensor([own[-1] for own in pages], dtype=torch.int64)
+        slots = (blocks[:, None] * heads + torch.arange(heads)) * size + (last % size)[:, None]
+        return torch.cat(
+            [last, last.new_zeros(padding), slots.flatten(), last.new_full((padding * heads,), NO_SLOT)]
+        )
+
+    def _columns(self, shape: DecodeShape, num_keys: Sequence[int], pages: list[list[int]]) -> list[int]:
+        flat: list[int] = []
+        start = 0
+        for row, (n, own) in enumerate(zip(num_keys, pages, strict=True)):
+            flat += (row, 1, 0, n, start)
+            start += len(own)
+        return flat + [0] * (RUN_COLUMNS * shape.rows - len(flat))
+
+    def _tiles(self, shape: DecodeShape, num_keys: Sequence[int]) -> dict[str, list[int]]:
+        runs = [Run(1, n) for n in num_keys]
+        tiles, merges, _ = cut_queries(runs, self._shapes.group, self._form, range(len(runs)))
+        tiles += [NO_TILE] * (shape.tiles - len(tiles))
+        if shape.is_split:
+            merges += [NO_MERGE] * (shape.rows - len(merges))
+        return {"tiles": [i for row in tiles for i in row], "merges": [i for row in merges for i in row]}
+
+    def _tables_of(self, runs: tuple[StreamRun, ...]) -> StreamTables:
+        """On the host; mostly those of the step before."""
+        if self._last is None or self._last[0] != runs:
+            self._last = runs, tables_of(runs, FEW_ROWS)
+        return self._last[1]
+
+    def _place_adapters(self, shape: DecodeShape, runs: tuple[StreamRun, ...]) -> None:
+        if not runs or self._placed == (shape, runs):
+            return
+        tables = self._tables_of(runs)
+        tiles = torch.zeros(shape.lora_tiles, LORA_TILE_COLUMNS, dtype=torch.int64)
+        tiles[: len(tables.tiles)] = tables.tiles
+        sent = replace(tables, tiles=tiles).sent(self._device)
+        self._lora_tiles[: shape.lora_tiles].copy_(sent.tiles)
+        self._adapters[:, :, : len(runs)].copy_(sent.adapters)
+        self._placed = shape, runs
+
+
+def _power_of_2(number: int) -> int:
+    """The lowest one that is not below it."""
+    return 1 << (number - 1).bit_length()
