@@ -6,6 +6,7 @@ Only programs for kernels that have such forms are rewritten, after everything h
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -23,9 +24,10 @@ def fuse(graph: Graph) -> None:
 
 def _fuse_rotation(graph: Graph, write: Node) -> None:
     """`attend(rotate(q), cache_write(rotate(k), v))`: nobody else may read the rotated keys."""
-    keys, v, ctx = write.args
+    args: tuple[Any, ...] = write.args
+    keys, v, ctx = args
     attend = next(user for user in write.users if user.target is layer.attend)
-    queries = attend.args[0]
+    queries: Any = attend.args[0]
     if not (_is_rotation(keys) and _is_rotation(queries) and len(keys.users) == 1 and len(write.users) == 1):
         return
     q, k = queries.args[0], keys.args[0]
@@ -45,8 +47,9 @@ def _is_rotation(node: object) -> bool:
 
 def _fuse_sum(graph: Graph, norm: Node) -> None:
     """`rms_norm(add(x, y))`; others may read the sum."""
-    total, weight, eps = norm.args
-    if not (isinstance(total, Node) and total.target is layer.add and isinstance(weight, Node)):
+    args: tuple[Any, ...] = norm.args
+    total, weight, eps = args
+    if not (total.op == "call_function" and total.target is layer.add):
         return
     if any(source.op != "placeholder" for source in weight.all_input_nodes):
         return

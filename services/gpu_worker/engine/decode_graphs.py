@@ -68,6 +68,18 @@ class DecodeGraphs:
     def num_recorded(self) -> int:
         return len(self._recordings)
 
+    def record_ahead(self, budget_s: float) -> None:
+        """Records forwards of the base model, the largest first, until the time is up. Nothing may be in the cache."""
+        from services.gpu_worker.kernels.triton.decode_buffers import ROWS
+
+        until_s = time.perf_counter() + budget_s
+        for rows in sorted((size for size in ROWS if size <= self._max_rows), reverse=True):
+            shape = self._buffers.find_shape([1] * rows, [])
+            if shape is None or time.perf_counter() > until_s:
+                return
+            self._buffers.fill(shape, [1], [[0]], [])
+            self._recorded(shape, frozenset())
+
     def forward(
         self, decodes: Sequence[Span], tokens: Tensor, adapters: Sequence[AdapterRun]
     ) -> Tensor | None:

@@ -31,6 +31,7 @@ from services.gpu_worker.model.context import (
 from services.gpu_worker.model.low_rank import low_rank_of
 from services.gpu_worker.model.transformer import Transformer
 
+RECORDING_S = 20.0  # at start-up, at most
 LOGPROB_ROWS = 64  # of a prompt whose full logits exist at a time
 
 
@@ -75,9 +76,12 @@ class ModelRunner:
         self._programs = ForwardPrograms(weights.whole, weights.group.size, weights.kernels)
 
     def record_decodes(self, max_rows: int, max_model_len: int) -> None:
-        """From here on forwards over decodes alone are recorded. Raises ValueError for kernels of torch."""
+        """From here on forwards over decodes alone are recorded. Nothing may be in the cache yet. Raises ValueError
+        for kernels of torch."""
         sizes = max_rows, max_model_len, self.adapters.capacity
         self.decode_graphs = DecodeGraphs(self.model, self.cache, self._programs, *sizes)
+        if self.device.type == "cuda":
+            self.decode_graphs.record_ahead(RECORDING_S)
 
     @property
     def device(self) -> torch.device:

@@ -126,6 +126,7 @@ class JobPlanner:
     ) -> None:
         self._compiled, self._num_lanes, self._grain = compiled, num_lanes, grain
         self._model, self._dtype = weights.config, weights.dtype
+        self._has_masks = not weights.kernels.is_triton
         self._parameters = parameter_bytes(weights, compiled.method, compiled.layout)
         held_out = validation.lengths if validation else []
         self._longest = max([*training.lengths, *held_out])
@@ -190,7 +191,10 @@ class JobPlanner:
             host_activations=tokens * sum(kept[:num_host_layers]),
             accumulators=tokens * GradientState.bytes_per_token(self._model, self._dtype, self._num_lanes),
             windows=window_bytes(
-                self._model, self._dtype, self._filled(self._most_packed, max_tokens), self._longest
+                self._model,
+                self._dtype,
+                self._filled(self._most_packed, max_tokens),
+                self._longest if self._has_masks else 0,
             ),
         )
         return JobPlan(policies, max_tokens, num_host_layers, memory)

@@ -121,7 +121,8 @@ class SequenceTensors:
 
 
 def window_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int, longest_example: int) -> int:
-    """The most that the tensors of a sequence come to, its block tables aside."""
+    """The most that the tensors of a sequence come to, its block tables aside; without masks where the longest
+    example is said to have no token."""
     group = config.num_heads // config.num_kv_heads
     return num_tokens * (TOKEN_BYTES + group * min(longest_example, num_tokens) * dtype.itemsize)
 

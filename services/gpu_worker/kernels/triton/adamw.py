@@ -15,7 +15,7 @@ from services.gpu_worker.kernels.triton.rows import check_floats, check_shape
 BLOCK = 1024  # numbers that a program moves
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _adamw_kernel(
     masters_ptr,
     grad_ptr,

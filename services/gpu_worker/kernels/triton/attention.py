@@ -130,7 +130,7 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "blocks", "tiles"])
 def _forward(
     q,
     keys,
@@ -185,7 +185,7 @@ def _forward(
         tl.store(part_lse + own, log2, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "merges"])
 def _merge(
     part_out,
     part_lse,

@@ -38,7 +38,7 @@ BASE2 = tl.constexpr(LOG2E)
 ROWS = 16  # that one program of `_row_sums` takes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _row_sums(d_out, out, sums, num_rows, E: tl.constexpr, E_PAD: tl.constexpr, BM: tl.constexpr):
     """`sums` [rows] = sum over E of d_out * out: what the softmax takes off each gradient of a probability."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -87,7 +87,7 @@ def _query_step(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "blocks", "tiles"])
 def _query_gradient(
     d_out,
     q,
@@ -177,7 +177,7 @@ def _key_step(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "blocks", "tiles"])
 def _key_gradient(
     d_out,
     q,

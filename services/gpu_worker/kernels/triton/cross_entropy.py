@@ -41,7 +41,7 @@ def _logits(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _measure_kernel(
     x_ptr,
     head_ptr,
@@ -80,7 +80,7 @@ def _measure_kernel(
     tl.store(at_label_ptr + rows, own, mask=inside & (label < vocabulary))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "num_rows"])
 def _gradient_kernel(
     x_ptr,
     head_ptr,

@@ -19,7 +19,7 @@ from services.gpu_worker.kernels.triton.rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rope_cache_write_kernel(
     q_ptr,
     k_ptr,

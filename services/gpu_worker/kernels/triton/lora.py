@@ -39,7 +39,7 @@ def _weight(adapter, dtype, ranks, features, rank, width, SIDE: tl.constexpr, AL
         return base + features * rank + ranks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_ptr", "adapters_ptr"])
 def _shrink_kernel(
     x_ptr,
     low_ptr,
@@ -77,7 +77,7 @@ def _shrink_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_ptr", "adapters_ptr"])
 def _expand_kernel(
     y_ptr,
     low_ptr,
@@ -114,7 +114,7 @@ def _expand_kernel(
     tl.store(place, y.to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_ptr"])
 def _gradient_kernel(
     low_ptr,
     wide_ptr,

@@ -23,7 +23,7 @@ from services.gpu_worker.kernels.triton.rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -58,7 +58,7 @@ def _rms_norm_kernel(
     tl.store(out_ptr + dense, (normed * weight[None, :]).to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_backward_kernel(
     dy_ptr,
     x_ptr,
@@ -88,7 +88,7 @@ def _rms_norm_backward_kernel(
     tl.store(dx_ptr + dense, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rope_kernel(
     x_ptr,
     cos_ptr,
