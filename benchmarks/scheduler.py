@@ -94,7 +94,8 @@ def measure(load: Load) -> dict[str, float]:
         now_s += batch.predicted_ms / 1000
         sampled = [Sampled(chunk.sequence, 7) for chunk in batch.chunks if chunk.samples]
         drawn = time.perf_counter()
-        scheduler.update(batch, sampled, now_s)
+        scheduler.advance(batch, now_s)
+        scheduler.receive(sampled, now_s)
         if iteration >= WARM_UP:
             decisions.append((decided - started) * 1e6)
             updates.append((time.perf_counter() - drawn) * 1e6)

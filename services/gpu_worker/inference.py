@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import redis
 import structlog
 
-from services.gpu_worker.engine.engine import Engine, InvalidRequest, TokenEvent
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.events import TokenEvent
+from services.gpu_worker.engine.requests import InvalidRequest
 from services.gpu_worker.engine.sequence import Logprob, Sampling
 from services.gpu_worker.model.peft import InvalidAdapter
 from services.gpu_worker.store_client import CorruptObject, StoreClient, StoreUnavailable

@@ -23,7 +23,7 @@ import structlog
 import torch
 import torch.distributed as dist
 
-from services.gpu_worker.engine.engine import Engine, EngineConfig, device_of
+from services.gpu_worker.engine.engine import Engine, EngineConfig, device_of, is_asynchronous
 from services.gpu_worker.engine.group import Channel, GroupEngine
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.layouts import check_tensor_parallel
@@ -46,6 +46,7 @@ def open_engine(config: EngineConfig, tp: int) -> Iterator[Engine]:
         return
     check_tensor_parallel(ModelConfig.from_folder(config.model_dir), tp)
     _check_machine(config.device, tp)
+    is_asynchronous(config, device_of(config.device), tp)  # raises where the config asks for it
     with TemporaryDirectory(prefix="flexllm-ranks-") as folder:
         followers = Followers.start(config, tp, Path(folder))
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import redis
 import structlog
 
-from services.gpu_worker.engine.engine import IterationStats
+from services.gpu_worker.engine.events import IterationStats
 from shared.queue import IterationBatch, IterationSender
 from shared.queue.iterations import MAX_ITERATIONS
 

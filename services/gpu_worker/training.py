@@ -18,7 +18,8 @@ import redis
 import structlog
 
 from services.gpu_worker.engine.admission import JobMustWait
-from services.gpu_worker.engine.engine import Engine, JobEvent
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.events import JobEvent
 from services.gpu_worker.finetune.checkpoint import InvalidCheckpoint
 from services.gpu_worker.finetune.dataset import Dataset, InvalidDataset
 from services.gpu_worker.finetune.job import JobConfig

@@ -13,7 +13,8 @@ from types import FrameType
 
 import structlog
 
-from services.gpu_worker.engine.engine import Engine, EngineConfig, IterationStats
+from services.gpu_worker.engine.engine import Engine, EngineConfig
+from services.gpu_worker.engine.events import IterationStats
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.slo import SLO
 from services.gpu_worker.inference import InferenceLink
@@ -190,6 +191,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         kernels=settings.kernels,
         cuda_graphs=settings.cuda_graphs,
         lanes=settings.lanes,
+        async_scheduling=settings.async_scheduling,
         quantise=settings.quantise,
         profile_dir=Path(settings.profile_dir) if settings.profile_dir else None,
         int4_group_size=settings.int4_group_size,

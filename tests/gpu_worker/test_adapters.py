@@ -15,7 +15,8 @@ from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM
 
 from services.gpu_worker.baseline import add_bottlenecks
-from services.gpu_worker.engine.engine import Engine, InvalidRequest
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.requests import InvalidRequest
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.model.adapters import AdapterPool, AdapterWeights

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from services.gpu_worker.engine.attainment import Attainment, TierCounts
-from services.gpu_worker.engine.engine import Engine, InvalidRequest
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.requests import InvalidRequest
 from services.gpu_worker.engine.sequence import Sampling, Sequence
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from tests.builders import make_tiny_model
@@ -22,7 +23,8 @@ def make_sequence(token_times_s: list[float], tier: str = DEFAULT_TIER, num_resu
     resumed = {"num_resumed_tokens": num_resumed, "arrival_s": ARRIVAL_S}
     sequence = Sequence("r", [0] * (1 + num_resumed), 1, tier=tier, slo=SLOS[tier], **resumed)  # type: ignore[arg-type]
     for time_s in token_times_s:
-        sequence.append(0, ARRIVAL_S + time_s)
+        sequence.expect(ARRIVAL_S)
+        sequence.fill(0, ARRIVAL_S + time_s)
     return sequence
 
 
@@ -142,3 +144,16 @@ def test_a_tier_that_is_not_configured_is_refused_by_its_name(engine: Engine) ->
 def test_a_config_needs_the_default_tier(folder: Path) -> None:
     with pytest.raises(ValueError, match="there is no tier 'default' among"):
         make_config(folder, slos={"priority": SLO(1.0, 1.0)})
+
+
+def test_a_token_on_its_way_when_a_request_leaves_counts_for_nothing() -> None:
+    sequence = make_sequence([0.5, 0.7])
+    sequence.expect(ARRIVAL_S + 0.9)
+    attainment = Attainment(SLOS)
+    attainment.abort(sequence, ARRIVAL_S + 0.8)
+    assert attainment.tiers[DEFAULT_TIER].tpot_ms_sum == pytest.approx(200.0)
+    waiting = make_sequence([])
+    waiting.expect(ARRIVAL_S + 1.0)
+    attainment = Attainment(SLOS)
+    attainment.abort(waiting, waiting.first_deadline_s + 0.001)
+    assert attainment.tiers[DEFAULT_TIER].ttft_missed == 1

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from services.gpu_worker.engine.engine import Engine, InvalidRequest
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.requests import InvalidRequest
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.model.peft import LoraConfig
@@ -102,14 +103,14 @@ def test_tokens_are_the_same_while_jobs_train_in_the_same_iterations(
     for index in range(num_jobs):
         add_job(engine, f"ftjob-{index}", seed=index)
     shared = 0
-    original = engine.runner.run
+    original = engine.runner.launch
 
     def counting(batch: Any) -> Any:
         nonlocal shared
         shared += bool(batch.chunks and batch.forwards)
         return original(batch)
 
-    engine.runner.run = counting  # type: ignore[method-assign]
+    engine.runner.launch = counting  # type: ignore[method-assign]
     assert tokens_of(together(engine, prompts, samplings("greedy"))) == alone["greedy"]
     assert shared > 5
     assert all(engine.job(f"ftjob-{i}").step > 0 for i in range(num_jobs))

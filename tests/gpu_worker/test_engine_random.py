@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from services.gpu_worker.engine.engine import Engine, StepResult
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.events import StepResult
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.model.peft import LoraConfig

@@ -102,7 +102,7 @@ def gradient_error(
         loss.backward()
     advance(trainer, lambda: sizes.randint(1, largest))
 
-    mean, _ = trainer._total.means()
+    mean, _ = trainer._total.means().read()
     assert mean == pytest.approx(float(loss.detach()), rel=1e-5 if dtype == torch.float32 else 1e-9)
     expected = trainable_tensors(oracle, method, model.config)
     ours = trainer.parameters.gradients

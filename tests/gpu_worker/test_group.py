@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.gpu_worker.engine.engine import Engine, InvalidRequest
+from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.group import Channel, GroupEngine, OutOfStep
+from services.gpu_worker.engine.requests import InvalidRequest
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.model.parallel import Group
 from tests.builders import make_tiny_model

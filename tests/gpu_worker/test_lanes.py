@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.gpu_worker.engine.batch import Batch, JobWindow
-from services.gpu_worker.engine.engine import Engine, JobEvent
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.events import JobEvent
 from services.gpu_worker.engine.lanes import Gate, Lanes, Progress
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig, Phase, Window
@@ -67,8 +68,8 @@ class Watch:
 
     def __init__(self, engine: Engine) -> None:
         self.batches: list[Batch] = []
-        inner = engine.runner.run
-        engine.runner.run = lambda batch: (self.batches.append(batch), inner(batch))[1]  # type: ignore[method-assign]
+        inner = engine.runner.launch
+        engine.runner.launch = lambda batch: (self.batches.append(batch), inner(batch))[1]  # type: ignore[method-assign]
 
     def lanes_of(self, kind: str) -> set[int]:
         return {work.lane for batch in self.batches for work in getattr(batch, kind)}
@@ -252,7 +253,7 @@ def test_what_is_given_back_is_where_it_was() -> None:
     num_tokens = sum(work.num_tokens for work in batch.forwards)
     assert (job.phase, job.layer, job.position) == (Phase.BACKWARD, 4, num_tokens)
     assert job.served_tokens == 5 * num_tokens
-    world.scheduler.update(batch, [], world.now_s)
+    world.scheduler.advance(batch, world.now_s)
     world.run()
     assert job.step == job.total_steps
 

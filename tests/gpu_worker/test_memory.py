@@ -14,9 +14,9 @@ import torch
 from services.api.metrics import Metrics
 from services.gpu_worker.engine.batch import Batch
 from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.in_flight import InFlight
 from services.gpu_worker.engine.memory import container_bytes, free_bytes, total_bytes
 from services.gpu_worker.engine.memory_watch import INTERVAL_S
-from services.gpu_worker.engine.model_runner import RunResult
 from services.gpu_worker.engine.pressure import Pressure
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig, Phase, filled
@@ -251,13 +251,13 @@ def live(folder: Path, num_blocks: int, offload: str) -> Outcome:
         add_job(engine, job_id, METHODS[method], replace(JOB, n_epochs=4))
     jobs = [engine.job("ftjob-1"), engine.job("ftjob-2")]
     found, outputs = Outcome([], {job.job_id: [] for job in jobs}), [Output() for _ in range(18)]
-    run_batch = engine.runner.run
+    launch = engine.runner.launch
 
-    def counted_run(batch: Batch) -> RunResult:
+    def counted(batch: Batch) -> InFlight:
         found.num_parked += len(batch.parked)
-        return run_batch(batch)
+        return launch(batch)
 
-    engine.runner.run = counted_run  # type: ignore[method-assign]
+    engine.runner.launch = counted  # type: ignore[method-assign]
     coming = list(range(len(outputs)))
     while coming or engine.has_work:
         idle = not engine.scheduler.running

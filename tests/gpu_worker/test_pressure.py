@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from services.gpu_worker.engine.batch import Batch
-from services.gpu_worker.engine.engine import Engine, JobEvent
-from services.gpu_worker.engine.model_runner import RunResult
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.events import JobEvent
+from services.gpu_worker.engine.in_flight import InFlight
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.engine.slo import SLO
 from services.gpu_worker.finetune.job import JobConfig
@@ -50,13 +51,13 @@ class Life:
             iteration += 1
 
     def _count_parked(self) -> None:
-        run = self.engine.runner.run
+        launch = self.engine.runner.launch
 
-        def counted(batch: Batch) -> RunResult:
+        def counted(batch: Batch) -> InFlight:
             self.num_parked += len(batch.parked)
-            return run(batch)
+            return launch(batch)
 
-        self.engine.runner.run = counted  # type: ignore[method-assign]
+        self.engine.runner.launch = counted  # type: ignore[method-assign]
 
     def _add(self, number: int) -> None:
         """One of three texts, and what is the request's own."""

@@ -81,7 +81,7 @@ def test_gradients_equal_autograd_over_the_dense_weights(
     sizes = random.Random(1)
     advance(trainer, lambda: sizes.randint(1, 40))
 
-    assert trainer._total.means()[0] == pytest.approx(float(loss.detach()), rel=1e-9)
+    assert trainer._total.means().read()[0] == pytest.approx(float(loss.detach()), rel=1e-9)
     for key, parameter in trainable_tensors(oracle, config, model.config).items():
         ours = trainer.parameters.gradients[key]
         torch.testing.assert_close(ours, parameter.grad.view(ours.shape), rtol=1e-8, atol=1e-9)

@@ -10,7 +10,7 @@ import pytest
 
 from services.embedded import EmbeddedRedis
 from services.gpu_worker.engine.batch import Timing
-from services.gpu_worker.engine.engine import IterationStats
+from services.gpu_worker.engine.events import IterationStats
 from services.gpu_worker.recorder import Recorder
 from shared.queue import IterationBatch, IterationSender, open_async_redis, open_redis, read_iterations
 from shared.queue.iterations import MAX_BATCHES, MAX_ITERATIONS, TTL_S, Iterations, stream_key

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from services.gpu_worker.engine.engine import Engine, InvalidRequest, JobEvent
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.events import JobEvent
 from services.gpu_worker.engine.group import GroupEngine
+from services.gpu_worker.engine.requests import InvalidRequest
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.model.config import UnsupportedModel

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from services.gpu_worker.engine.engine import Engine, JobEvent
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.events import JobEvent
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import JobConfig

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from services.gpu_worker.compiler.programs import KeptTensor
-from services.gpu_worker.engine.engine import Engine, JobEvent
+from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.events import JobEvent
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune import optimizer
 from services.gpu_worker.finetune.job import JobConfig, Phase

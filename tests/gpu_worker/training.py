@@ -146,7 +146,7 @@ def advance(trainer: Trainer, window_size: Callable[[], int]) -> StepReport:
             forward(trainer, window)
             job.complete(window)
             if evaluating and not job.evaluating:
-                return trainer.evaluation_report()
+                return trainer.end_evaluation()()
         else:
             window = job.next_backward(window_size())
             trainer.backward(window)

@@ -96,7 +96,8 @@ class World:
         self.check(batch)
         self.now_s += max(0.1, self.actual(batch.predicted_ms)) / 1000
         sampled = [Sampled(chunk.sequence, 7) for chunk in batch.chunks if chunk.samples]
-        for progress in self.scheduler.update(batch, sampled, self.now_s):
+        self.scheduler.advance(batch, self.now_s)
+        for progress in self.scheduler.receive(sampled, self.now_s):
             self._note(progress, before.get(progress.sequence.request_id))
         self.scheduler.blocks.check_integrity()
         return batch

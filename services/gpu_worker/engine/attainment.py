@@ -52,7 +52,7 @@ class Attainment:
 
         Nothing is known of one that left before its first token was due: it is not counted.
         """
-        if sequence.last_token_s is not None or now_s > sequence.deadline_s:
+        if sequence.last_token_s is not None or now_s > sequence.first_deadline_s:
             self.finish(sequence, now_s)
 
 

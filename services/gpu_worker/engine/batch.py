@@ -25,6 +25,11 @@ class Chunk:
         return self.start + self.num_tokens == self.sequence.num_tokens
 
     @property
+    def ends_pending(self) -> bool:
+        """Whether its last token has been drawn but not read."""
+        return self.samples and self.sequence.num_pending_tokens > 0
+
+    @property
     def work(self) -> Work:
         return chunk_work(self.start, self.num_tokens)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,22 +17,25 @@ from services.gpu_worker.engine.admission import Admission, Offload
 from services.gpu_worker.engine.attainment import Attainment
 from services.gpu_worker.engine.batch import Batch, Timing, Update
 from services.gpu_worker.engine.block_manager import BlockManager
+from services.gpu_worker.engine.events import IterationStats, JobEvent, StepResult, TokenEvent
+from services.gpu_worker.engine.in_flight import InFlight, RunResult
 from services.gpu_worker.engine.lanes import NUM_LANES, Lanes
 from services.gpu_worker.engine.latency import LatencyModel
 from services.gpu_worker.engine.memory import MemoryAccount, cache_bytes, free_bytes, total_bytes
 from services.gpu_worker.engine.memory_watch import MemoryWatch
-from services.gpu_worker.engine.model_runner import ModelRunner, RunResult
+from services.gpu_worker.engine.model_runner import ModelRunner
 from services.gpu_worker.engine.profile import extent_of, profile
 from services.gpu_worker.engine.profile_cache import ProfileCache, key_of
+from services.gpu_worker.engine.requests import InvalidRequest, Requests
 from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
-from services.gpu_worker.engine.sequence import Logprob, Sampling, Sequence
+from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.engine.slo import DEFAULT_SLO, DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.checkpoint import load_checkpoint, save_checkpoint
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
 from services.gpu_worker.finetune.memory import JobMemory
 from services.gpu_worker.finetune.policies import LayerPolicies
-from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
+from services.gpu_worker.finetune.trainer import Trainer, examples_of
 from services.gpu_worker.kernels.backend import KernelChoice, choose_kernels
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.linear import DenseLinear
@@ -41,14 +44,10 @@ from services.gpu_worker.model.adapters import AdapterPool
 from services.gpu_worker.model.parallel import ALONE, Group
 from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens
 from services.gpu_worker.model.peft_files import read_peft, write_peft
-from services.gpu_worker.model.transformer import VIRTUAL_TOKEN, Transformer
+from services.gpu_worker.model.transformer import Transformer
 from services.gpu_worker.model.weights import MakeLinear, ModelWeights, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class InvalidRequest(ValueError):
-    """A request that the engine cannot serve; nobody else is affected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,7 @@ class EngineConfig:
     kernels: KernelChoice = "auto"  # auto: Triton's on a GPU, torch's elsewhere
     cuda_graphs: bool = True  # forwards over decodes alone are recorded; with Triton's kernels on a GPU
     lanes: bool = True  # two halves of a CPU's threads may work at once
+    async_scheduling: bool | None = None  # launch an iteration while the one before computes; None: on a GPU
     quantise: Literal["none", "int8", "int4"] = "none"  # the layers' linears; embedding and head stay dense
     int4_group_size: int = GROUP_SIZE  # inputs that share a scale
     block_size: int = 16
@@ -80,49 +80,19 @@ class EngineConfig:
             raise ValueError(f"slos: there is no tier {DEFAULT_TIER!r} among {sorted(self.slos)}")
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """A token of a request, its end, or both."""
-
-    request_id: str
-    token: int | None
-    finish: str | None = None  # stop, length
-    logprob: Logprob | None = None
-    cached_tokens: int = 0
-    prompt_logprobs: list[Logprob | None] | None = None  # with the first event, where asked for
-
-
-@dataclass(frozen=True, slots=True)
-class JobEvent:
-    """A report of a job, its completion (`finished`), or its failure."""
-
-    job_id: str
-    report: StepReport | None = None
-    finished: bool = False
-    error: Exception | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class IterationStats:
-    """What one iteration was made of; tokens by kind, milliseconds planned and measured."""
-
-    num_decode_tokens: int = 0
-    num_prefill_tokens: int = 0
-    num_forward_tokens: int = 0  # of training and evaluation windows
-    num_backward_tokens: float = 0.0  # token-layers / layers
-    limit_ms: float = 0.0
-    predicted_ms: float = 0.0
-    timing: Timing = field(default_factory=Timing)
-    num_running: int = 0
-    num_waiting: int = 0
-    num_free_blocks: int = 0
-
-
 @dataclass(slots=True)
-class StepResult:
-    tokens: list[TokenEvent] = field(default_factory=list)
-    jobs: list[JobEvent] = field(default_factory=list)
-    stats: IterationStats = field(default_factory=IterationStats)
+class _Launched:
+    """An iteration that is under way; of the jobs that ran then, those that it has brought to their end."""
+
+    batch: Batch
+    flight: InFlight | None  # None where there is nothing to compute
+    ends_s: float  # as predicted
+    jobs: dict[str, FinetuneJob]
+    finished: list[FinetuneJob]
+
+    @property
+    def is_empty(self) -> bool:
+        return self.flight is None and not self.finished
 
 
 class Engine:
@@ -136,6 +106,7 @@ class Engine:
         self.config = config
         self.group = group
         device = device_of(config.device)
+        self.is_asynchronous = is_asynchronous(config, device, group.size)
         if device.type == "cpu" and config.num_threads:
             torch.set_num_threads(config.num_threads)
         make = _make_linear(config)
@@ -161,15 +132,27 @@ class Engine:
         if self.runner.lanes:
             with self.runner.lanes.threads_of_one():
                 lane_latency = self._make_latency(policies)
-        self.scheduler = Scheduler(config.scheduler, self.blocks, latency, lane_latency)
-        self.scheduler.finetuning.can_give_back = group.size == 1  # clocks of several ranks differ
+        self.scheduler = Scheduler(self._limits(), self.blocks, latency, lane_latency)
+        self.scheduler.finetuning.can_give_back = self._follows_clock(device)
         slack_ms = self.scheduler.slack_beside_decodes_ms(config.slos[DEFAULT_TIER].tpot_ms)
         self.admission.set_pace(policies, latency, config.scheduler.min_window, slack_ms)
         self._watch = MemoryWatch(weights, self.scheduler, self.runner.trainers, self.admission.can_move)
         self.attainment = Attainment(config.slos)
-        self._sequences: dict[str, Sequence] = {}
+        self._requests = Requests(
+            config.slos, self.adapters, self.model.config.vocab_size, self.max_model_len
+        )
         self._jobs: dict[str, FinetuneJob] = {}
-        self._early_results: list[RunResult] = []  # of what was computed between two steps
+        self._launched: deque[_Launched] = deque()  # not settled yet, the oldest first
+
+    def _limits(self) -> SchedulerConfig:
+        """Of two iterations that are under way at once, an arrival waits for the rest of one and all of the other."""
+        limits = self.config.scheduler
+        return replace(limits, idle_ms=limits.idle_ms / 2) if self.is_asynchronous else limits
+
+    def _follows_clock(self, device: torch.device) -> bool:
+        """Whether the host sees in time how late an iteration is: a GPU has been given all of it by then, and clocks
+        of several ranks differ."""
+        return device.type == "cpu" and self.group.size == 1 and not self.is_asynchronous
 
     def _make_cache(self, device: torch.device, free: int) -> KVCache:
         config, dtype = self.model.config, self.model.weights.dtype
@@ -225,29 +208,72 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._launched)
 
     def step(self) -> StepResult:
-        """One co-serving iteration; returns at once, empty, where nothing can be computed."""
+        """One co-serving iteration; returns at once, empty, where nothing can be computed.
+
+        Asynchronous steps launch an iteration and return what the one before has found.
+        """
         self._watch.look(self._now_s())
-        batch = self.scheduler.schedule(self._now_s())
-        if batch.is_empty:
-            return StepResult(jobs=self._job_events(RunResult()), stats=self._stats(batch, Timing()))
-        result = self._run(batch)
-        self.scheduler.give_back(batch, result.num_steps)
-        progress = self.scheduler.update(batch, result.sampled, self._now_s())
-        self._learn(batch, result.timing)
-        return StepResult(
-            [self._token_event(item) for item in progress],
-            self._job_events(result),
-            self._stats(batch, result.timing),
-        )
+        result = StepResult(stats=self._stats(Batch(), Timing()))
+        if self.is_asynchronous and not self._launched:
+            self._launch()
+        newest = self._launch()
+        while self._launched and not (self.is_asynchronous and self._launched[0] is newest):
+            self._settle(self._launched.popleft(), result)
+        return result
+
+    def _launch(self) -> _Launched:
+        batch = self.scheduler.schedule(self._next_begin_s())
+        return self._enter(batch)
+
+    def _enter(self, batch: Batch) -> _Launched:
+        """Computes a batch behind those under way, and counts it as done, but for the tokens."""
+        begins_s = self._next_begin_s()
+        flight = None if batch.is_empty else self._compute(batch)
+        if flight is not None:
+            self.scheduler.give_back(batch, flight.num_steps)
+        ends_s = begins_s + batch.predicted_ms / 1000
+        self.scheduler.advance(batch, ends_s)
+        for job_id, _ in flight.failures if flight else ():
+            self._stop(self._jobs[job_id])
+        finished = [job for job in self.scheduler.jobs if job.phase is Phase.DONE]
+        for job in finished:
+            self.scheduler.remove_job(job)
+        launched = _Launched(batch, flight, ends_s, dict(self._jobs), finished)
+        if not launched.is_empty:
+            self._launched.append(launched)
+        return launched
+
+    def _next_begin_s(self) -> float:
+        """When what is launched now will begin."""
+        now_s = self._now_s()
+        before = self._launched[-1] if self._launched else None
+        if before is None or before.flight is None or before.flight.is_done:
+            return now_s
+        return max(now_s, before.ends_s)
+
+    def _settle(self, launched: _Launched, result: StepResult) -> None:
+        """Takes what an iteration has found into the result."""
+        found = self._collect(launched.flight) if launched.flight else RunResult()
+        if self._launched:  # begins now, whatever was predicted of this one
+            self._launched[0].ends_s = self._now_s() + self._launched[0].batch.predicted_ms / 1000
+        for item in self.scheduler.receive(found.sampled, self._now_s()):
+            result.tokens.append(self._token_event(item))
+        if launched.flight:
+            self._learn(launched.batch, found.timing)
+        result.jobs += self._job_events(launched, found)
+        result.stats = self._stats(launched.batch, found.timing)
 
     def _now_s(self) -> float:
         return time.monotonic()
 
-    def _run(self, batch: Batch) -> RunResult:
-        return self.runner.run(batch)
+    def _compute(self, batch: Batch) -> InFlight:
+        return self.runner.launch(batch)
+
+    def _collect(self, flight: InFlight) -> RunResult:
+        return flight.collect()
 
     def _learn(self, batch: Batch, timing: Timing) -> None:
         latency = self.scheduler.latency if batch.num_lanes == 1 else self.scheduler.lane_latency
@@ -263,7 +289,7 @@ class Engine:
         sequence = item.sequence
         if item.finish is not None:
             self.attainment.finish(sequence, self._now_s())
-            self._forget(sequence)
+            self._requests.release(sequence)
         first = sequence.num_output_tokens <= 1
         return TokenEvent(
             sequence.request_id,
@@ -274,18 +300,18 @@ class Engine:
             sequence.prompt_logprobs if first and sequence.sampling.prompt_logprobs is not None else None,
         )
 
-    def _job_events(self, result: RunResult) -> list[JobEvent]:
-        events: list[JobEvent] = []
-        for own in (*self._early_results, result):
-            events += [JobEvent(job_id, report) for job_id, report in own.reports if job_id in self._jobs]
-            for job_id, error in own.failures:
+    def _job_events(self, launched: _Launched, found: RunResult) -> list[JobEvent]:
+        """Of jobs that nobody has removed meanwhile."""
+
+        def is_here(job_id: str) -> bool:
+            return job_id in self._jobs and self._jobs[job_id] is launched.jobs.get(job_id)
+
+        events = [JobEvent(job_id, report) for job_id, report in found.reports if is_here(job_id)]
+        for job_id, error in found.failures:
+            if is_here(job_id):
                 self.remove_job(job_id)
                 events.append(JobEvent(job_id, error=error))
-        self._early_results.clear()
-        for job in list(self._jobs.values()):
-            if job.phase is Phase.DONE and job in self.scheduler.jobs:
-                self.scheduler.remove_job(job)
-                events.append(JobEvent(job.job_id, finished=True))
+        events += [JobEvent(job.job_id, finished=True) for job in launched.finished if is_here(job.job_id)]
         return events
 
     def _stats(self, batch: Batch, timing: Timing) -> IterationStats:
@@ -334,66 +360,19 @@ class Engine:
         `adapter` is the digest of a loaded adapter, pinned until the request ends. `tier` names one of the
         config's service levels; `waited_s` of its time to the first token have passed. Raises InvalidRequest.
         """
-        if tier not in self.config.slos:
-            raise InvalidRequest(f"tier {tier!r} is none of {sorted(self.config.slos)}")
-        self._check(request_id, prompt, emitted or [], sampling, adapter)
-        virtual = self._num_virtual_tokens(adapter)
-        if adapter is not None:
-            self.adapters.pin(adapter)
-        sequence = Sequence(
-            request_id,
-            [VIRTUAL_TOKEN] * virtual + list(prompt) + (emitted or []),
-            virtual + len(prompt),
-            sampling,
-            adapter,
-            _cache_seed(adapter, cache_salt),
-            tier,
-            self.config.slos[tier],
-            virtual,
-            num_resumed_tokens=len(emitted or []),
-            arrival_s=self._now_s() - waited_s,
+        arrival_s = self._now_s() - waited_s
+        sequence = self._requests.take(
+            request_id, list(prompt), sampling, emitted or [], adapter, cache_salt, tier, arrival_s
         )
-        self._sequences[request_id] = sequence
         self.scheduler.add(sequence)
-
-    def _check(
-        self, request_id: str, prompt: list[int], emitted: list[int], sampling: Sampling, adapter: str | None
-    ) -> None:
-        vocab = self.model.config.vocab_size
-        if request_id in self._sequences:
-            raise InvalidRequest(f"request {request_id} is already running")
-        if not prompt or min(prompt + emitted) < 0 or max(prompt + emitted) >= vocab:
-            raise InvalidRequest(f"the prompt needs at least one token, each in [0, {vocab})")
-        problem = sampling.find_problem(vocab)
-        if problem is not None:
-            raise InvalidRequest(problem)
-        if emitted and len(emitted) >= sampling.max_tokens:
-            raise InvalidRequest(f"all {sampling.max_tokens} tokens have been generated already")
-        if adapter is not None and adapter not in self.adapters:
-            raise InvalidRequest(f"adapter {adapter} is not loaded")
-        virtual = self._num_virtual_tokens(adapter)
-        if virtual + len(prompt) + sampling.max_tokens > self.max_model_len:
-            learned = f", {virtual} of the adapter" if virtual else ""
-            raise InvalidRequest(
-                f"{len(prompt)} prompt tokens{learned} and {sampling.max_tokens} to generate exceed "
-                f"{self.max_model_len}"
-            )
-
-    def _num_virtual_tokens(self, adapter: str | None) -> int:
-        return 0 if adapter is None else self.adapters.get(adapter).num_virtual_tokens
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees what it holds; unknown ids are ignored."""
-        sequence = self._sequences.get(request_id)
+        sequence = self._requests.find(request_id)
         if sequence is not None:
             self.attainment.abort(sequence, self._now_s())
             self.scheduler.abort(sequence)
-            self._forget(sequence)
-
-    def _forget(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.request_id]
-        if sequence.adapter is not None:
-            self.adapters.unpin(sequence.adapter)
+            self._requests.release(sequence)
 
     def load_adapter(self, digest: str, files: Mapping[str, bytes]) -> None:
         """Makes PEFT's two files servable; raises InvalidAdapter, or InvalidRequest when every slot is pinned."""
@@ -472,10 +451,14 @@ class Engine:
         job = self._jobs.pop(job_id, None)
         if job is None:
             return
-        if job in self.scheduler.jobs:
-            self.scheduler.remove_job(job)
+        self._stop(job)
         del self.runner.trainers[job_id]
         self.admission.release(job_id)
+
+    def _stop(self, job: FinetuneJob) -> None:
+        """Schedules nothing more of it."""
+        if job in self.scheduler.jobs:
+            self.scheduler.remove_job(job)
 
     def job(self, job_id: str) -> FinetuneJob:
         return self._jobs[job_id]
@@ -496,9 +479,7 @@ class Engine:
         """Finishes an optimizer step of which only some parts have moved; its report comes with the next `step`."""
         job = self._jobs[job_id]
         if job.updated_parts:
-            rest = Batch(updates=[Update(job, job.updated_parts, job.num_update_parts)])
-            self._early_results.append(self._run(rest))
-            self.scheduler.update(rest, [], self._now_s())
+            self._enter(Batch(updates=[Update(job, job.updated_parts, job.num_update_parts)]))
 
     def trained_tokens(self, job_id: str) -> int:
         return self.runner.trainers[job_id].trained_tokens
@@ -519,12 +500,19 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def is_asynchronous(config: EngineConfig, device: torch.device, num_ranks: int) -> bool:
+    """Whether iterations are launched ahead; raises ValueError where the config asks for what cannot be."""
+    if config.async_scheduling and num_ranks > 1:
+        raise ValueError(
+            f"async_scheduling: {num_ranks} ranks that share a model schedule in step with each other, one iteration "
+            "after the other: leave it out or set it to false"
+        )
+    if config.async_scheduling is not None:
+        return config.async_scheduling
+    return device.type == "cuda" and num_ranks == 1
+
+
 def _make_linear(config: EngineConfig) -> MakeLinear:
     if config.quantise == "none":
         return DenseLinear
     return partial(quantise, scheme=config.quantise, group_size=config.int4_group_size)
-
-
-def _cache_seed(adapter: str | None, salt: str) -> bytes:
-    """Keys and values depend on the adapter version; the salt keeps tenants apart."""
-    return hashlib.blake2b(f"{adapter}|{salt}".encode(), digest_size=32).digest()

@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from services.gpu_worker.engine.batch import Batch, Timing
-from services.gpu_worker.engine.engine import Engine, EngineConfig, StepResult
-from services.gpu_worker.engine.model_runner import RunResult
+from services.gpu_worker.engine.engine import Engine, EngineConfig
+from services.gpu_worker.engine.events import StepResult
+from services.gpu_worker.engine.in_flight import InFlight, RunResult
 from services.gpu_worker.finetune.job import FinetuneJob, Window
 from services.gpu_worker.model.parallel import Group
 
@@ -162,9 +163,12 @@ class GroupEngine(Engine):
     def _now_s(self) -> float:
         return self._time_s
 
-    def _run(self, batch: Batch) -> RunResult:
+    def _compute(self, batch: Batch) -> InFlight:
         self._agree_on(Plan.of(batch))
-        result = super()._run(batch)
+        return super()._compute(batch)
+
+    def _collect(self, flight: InFlight) -> RunResult:
+        result = super()._collect(flight)
         found = Iteration(
             [(item.sequence.request_id, item.token) for item in result.sampled],
             [job_id for job_id, _ in result.failures],

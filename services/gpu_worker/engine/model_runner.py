@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from services.gpu_worker.compiler.programs import ForwardPrograms
-from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, LaneTiming, Sampled, Timing, Update
+from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Update
 from services.gpu_worker.engine.decode_graphs import DecodeGraphs
+from services.gpu_worker.engine.in_flight import InFlight, LaneMarks, Mark, RunResult
 from services.gpu_worker.engine.lanes import Gate, Lanes, Progress
-from services.gpu_worker.engine.sampler import logprob_entry, sample
+from services.gpu_worker.engine.sampler import Drawn, LogprobRows, draw
 from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.engine.stream_attention import Stream, attention_of
-from services.gpu_worker.finetune.trainer import StepReport, Trainer, TrainingDiverged
+from services.gpu_worker.finetune.trainer import Trainer
 from services.gpu_worker.kernels.kv_cache import KVCache
+from services.gpu_worker.kernels.transfer import to_device
 from services.gpu_worker.model.adapters import AdapterPool, AdapterWeights
 from services.gpu_worker.model.attention import Attention
 from services.gpu_worker.model.context import (
@@ -33,15 +35,6 @@ from services.gpu_worker.model.transformer import Transformer
 
 RECORDING_S = 20.0  # at start-up, at most
 LOGPROB_ROWS = 64  # of a prompt whose full logits exist at a time
-
-
-@dataclass(slots=True)
-class RunResult:
-    sampled: list[Sampled] = field(default_factory=list)
-    reports: list[tuple[str, StepReport]] = field(default_factory=list)  # (job id, report)
-    failures: list[tuple[str, Exception]] = field(default_factory=list)  # (job id, what went wrong)
-    num_steps: int = 0  # of the backward, that there was time for
-    timing: Timing = field(default_factory=Timing)
 
 
 @dataclass(slots=True)
@@ -71,6 +64,7 @@ class ModelRunner:
         self.adapters = adapters
         self.lanes = lanes
         self.trainers: dict[str, Trainer] = {}
+        self._drawn: Drawn | None = None  # by the last batch that drew tokens
         self.decode_graphs: DecodeGraphs | None = None
         weights = model.weights
         self._programs = ForwardPrograms(weights.whole, weights.group.size, weights.kernels)
@@ -88,58 +82,55 @@ class ModelRunner:
         return self.model.weights.device
 
     def run(self, batch: Batch) -> RunResult:
-        """A failure in one job's own windows ends up in `failures` and touches nobody else."""
-        result = RunResult()
+        return self.launch(batch).collect()
+
+    def launch(self, batch: Batch) -> InFlight:
+        """Gives the device all that a batch computes, in one stream behind the batches before it."""
+        flight = InFlight(batch, Mark(self.device))
         for parked in batch.parked:
             park = partial(self.trainers[parked.job.job_id].park, parked.blocks)
-            self._guarded(parked.job.job_id, result, park)
+            self._guarded(parked.job.job_id, flight, park)
         for job in batch.brought_back:
-            self._guarded(job.job_id, result, self.trainers[job.job_id].bring_back)
-        started = time.perf_counter()
-        forwards = self._begin(batch.forwards, result)
-        lanes = self._run_lanes(batch, forwards, result)
+            self._guarded(job.job_id, flight, self.trainers[job.job_id].bring_back)
+        forwards = self._begin(batch.forwards, flight)
+        self._run_lanes(batch, forwards, flight)
         for work in forwards:
             if work.ends_evaluation:
-                self._guarded(work.job.job_id, result, partial(self._report_evaluation, work, result))
-        windows_ms = (time.perf_counter() - started) * 1000
-        unfinished = {id(step.job) for step in batch.backwards[result.num_steps :]}
+                self._guarded(work.job.job_id, flight, partial(self._report_evaluation, work, flight))
+        flight.windows_ended = Mark(self.device)
+        unfinished = {id(step.job) for step in batch.backwards[flight.num_steps :]}
         for update in batch.updates:
-            if id(update.job) in unfinished:
-                continue
-            self._guarded(update.job.job_id, result, partial(self._update, update, result))
-        self._synchronize()
-        forward_ms, total_ms = lanes[0].forward_ms, (time.perf_counter() - started) * 1000
-        result.timing = Timing(forward_ms, windows_ms - forward_ms, total_ms - windows_ms, tuple(lanes))
-        return result
+            if id(update.job) not in unfinished:
+                self._guarded(update.job.job_id, flight, partial(self._update, update, flight))
+        flight.ended = Mark(self.device)
+        return flight
 
     # --- lanes
 
-    def _run_lanes(self, batch: Batch, forwards: list[JobWindow], result: RunResult) -> list[LaneTiming]:
-        timings, progress = [LaneTiming(0.0, 0.0)] * batch.num_lanes, Progress()
+    def _run_lanes(self, batch: Batch, forwards: list[JobWindow], flight: InFlight) -> None:
+        progress, marks = Progress(), dict[int, LaneMarks]()
 
         def run(lane: int) -> None:
-            timings[lane] = self._run_lane(lane, batch, forwards, progress, result)
+            marks[lane] = self._run_lane(lane, batch, forwards, progress, flight)
 
         if batch.num_lanes == 1:
             run(0)
         else:
             assert self.lanes is not None
             self.lanes.run(run, progress)
-        result.num_steps = progress.num_begun
-        return timings
+        flight.num_steps = progress.num_begun
+        flight.lanes = [marks[lane] for lane in range(batch.num_lanes)]
 
     def _run_lane(
-        self, lane: int, batch: Batch, forwards: list[JobWindow], progress: Progress, result: RunResult
-    ) -> LaneTiming:
+        self, lane: int, batch: Batch, forwards: list[JobWindow], progress: Progress, flight: InFlight
+    ) -> LaneMarks:
         """The lane's forward, then its steps of the backward."""
-        self._synchronize()
-        started = time.perf_counter()
-        self._forward(lane, batch, forwards, progress, result)
+        started, started_s = Mark(self.device), time.perf_counter()
+        self._forward(lane, batch, forwards, progress, flight)
         progress.pass_layers(lane, math.inf)
-        self._synchronize()
-        forwarded, waited_s = time.perf_counter(), progress.waited_s[lane]
+        forwarded, waited_s = Mark(self.device), progress.waited_s[lane]
         beside = {work.job.job_id for work in forwards if work.lane != lane}
-        until_s = started + batch.steps_until_ms / 1000
+        until_s = started_s + batch.steps_until_ms / 1000
         for index, step, num_others in batch.backward_steps(lane):
             is_late = time.perf_counter() + step.expected_ms / 1000 > until_s
             if not progress.begin_step(index, is_late):
@@ -147,43 +138,34 @@ class ModelRunner:
             if step.job.job_id in beside:
                 progress.wait_for_layers(lane, math.inf)
             progress.wait_for_steps(lane, num_others)
-            self._guarded(step.job.job_id, result, partial(self._trainer(step).backward, step.window))
+            self._guarded(step.job.job_id, flight, partial(self._trainer(step).backward, step.window))
             progress.pass_step(lane)
-        self._synchronize()
-        forward_s = forwarded - started - waited_s
-        backward_s = time.perf_counter() - forwarded - (progress.waited_s[lane] - waited_s)
-        return LaneTiming(forward_s * 1000, backward_s * 1000)
+        later_s = progress.waited_s[lane] - waited_s
+        return LaneMarks(started, forwarded, Mark(self.device), waited_s, later_s)
 
-    def _guarded(self, job_id: str, result: RunResult, work: Callable[[], None]) -> None:
-        if any(job_id == failed for failed, _ in result.failures):
-            return
-        try:
+    def _guarded(self, job_id: str, flight: InFlight, work: Callable[[], None]) -> None:
+        """On one of several ranks what fails is this rank's alone, perhaps: the others would wait for it."""
+        if self.model.weights.group.size > 1:
             work()
-        except (RuntimeError, ValueError, ArithmeticError) as error:
-            if self.model.weights.group.size > 1 and not isinstance(error, TrainingDiverged):
-                raise  # this rank's alone, perhaps: the others would wait for it
-            result.failures.append((job_id, error))
+        else:
+            flight.guarded(job_id, work)
 
-    def _report_evaluation(self, work: JobWindow, result: RunResult) -> None:
-        result.reports.append((work.job.job_id, self._trainer(work).evaluation_report()))
+    def _report_evaluation(self, work: JobWindow, flight: InFlight) -> None:
+        flight.reports.append((work.job.job_id, self._trainer(work).end_evaluation()))
 
-    def _update(self, update: Update, result: RunResult) -> None:
+    def _update(self, update: Update, flight: InFlight) -> None:
         job_id = update.job.job_id
-        report = self.trainers[job_id].optimizer_step(update.start, update.end)
-        if report is not None:
-            result.reports.append((job_id, report))
+        read_report = self.trainers[job_id].launch_step(update.start, update.end)
+        if read_report is not None:
+            flight.reports.append((job_id, read_report))
 
     def _trainer(self, work: JobWindow) -> Trainer:
         return self.trainers[work.job.job_id]
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     # --- the fused forward
 
     def _forward(
-        self, lane: int, batch: Batch, forwards: list[JobWindow], progress: Progress, result: RunResult
+        self, lane: int, batch: Batch, forwards: list[JobWindow], progress: Progress, flight: InFlight
     ) -> None:
         own = [work for work in forwards if work.lane == lane]
         rows = self.lay_out(batch if lane == 0 else Batch(), own)
@@ -193,16 +175,17 @@ class ModelRunner:
         is_beside_itself = beside.intersection(work.job.job_id for work in own)
         hidden = self.hidden(rows, Gate(progress, lane, follows=lane == 0) if is_beside_itself else None)
         if rows.chunks:
-            result.sampled = self._sample(rows, hidden)
+            flight.drawn = self._sample(rows, hidden)
+            self._drawn = flight.drawn or self._drawn
         for work, span in rows.forwards:
             trainer = self._trainer(work)
             if lane == 0 and trainer.trains_head and work.job.job_id in beside:
                 progress.wait_for_layers(lane, math.inf)
             finish = partial(trainer.finish_forward, work.window, hidden[span])
-            self._guarded(work.job.job_id, result, finish)
+            self._guarded(work.job.job_id, flight, finish)
         for chunk, span in rows.chunks:
             if chunk.sequence.sampling.prompt_logprobs is not None:
-                self._prompt_logprobs(chunk, hidden[span])
+                flight.readers += self._prompt_logprobs(chunk, hidden[span])
 
     def hidden(self, rows: Rows, gate: Gate | None = None) -> Tensor:
         """Hidden states [N, D] of the stream."""
@@ -221,27 +204,39 @@ class ModelRunner:
         flat: list[int] = []
         for chunk, _ in rows.chunks:
             flat += chunk.sequence.tokens[chunk.start : chunk.start + chunk.num_tokens]
-        tokens.append(torch.tensor(flat, dtype=torch.int64, device=self.device))
-        return torch.cat(tokens)
+        tokens.append(to_device(torch.tensor(flat, dtype=torch.int64), self.device))
+        stream = torch.cat(tokens)
+        self._fill_in_pending(stream, rows)
+        return stream
 
-    def _sample(self, rows: Rows, hidden: Tensor) -> list[Sampled]:
+    def _fill_in_pending(self, tokens: Tensor, rows: Rows) -> None:
+        """Puts tokens that the batch before has drawn, and nobody has read yet, where they are computed."""
+        pending = [(span.stop - 1, chunk.sequence) for chunk, span in rows.chunks if chunk.ends_pending]
+        if pending:
+            assert self._drawn is not None
+            drawn = torch.tensor([[at, self._drawn.row_of[sequence]] for at, sequence in pending])
+            at, row = to_device(drawn.T.contiguous(), self.device)
+            tokens.index_copy_(0, at, self._drawn.tokens.index_select(0, row))
+
+    def _sample(self, rows: Rows, hidden: Tensor) -> Drawn | None:
         done = [(chunk.sequence, span.stop - 1) for chunk, span in rows.chunks if chunk.samples]
         if not done:
-            return []
+            return None
         sequences = [sequence for sequence, _ in done]
         runs = _runs((i, i + 1, self._adapter(sequence)) for i, sequence in enumerate(sequences))
-        return sample(self.model.logits(hidden[[row for _, row in done]], runs), sequences)
+        last = to_device(torch.tensor([row for _, row in done]), self.device)
+        return draw(self.model.logits(hidden.index_select(0, last), runs), sequences, self._drawn)
 
     def _adapter(self, sequence: Sequence) -> AdapterWeights | None:
         return None if sequence.adapter is None else self.adapters.get(sequence.adapter)
 
-    def _begin(self, forwards: list[JobWindow], result: RunResult) -> list[JobWindow]:
+    def _begin(self, forwards: list[JobWindow], flight: InFlight) -> list[JobWindow]:
         """Takes the training sequences that start here in hand; leaves out jobs that cannot."""
         for work in forwards:
             if work.window.start == 0:
                 begin = partial(self._trainer(work).begin, work.sequence)
-                self._guarded(work.job.job_id, result, begin)
-        failed = {job_id for job_id, _ in result.failures}
+                self._guarded(work.job.job_id, flight, begin)
+        failed = {job_id for job_id, _ in flight.failures}
         return [work for work in forwards if work.job.job_id not in failed]
 
     def lay_out(self, batch: Batch, forwards: list[JobWindow]) -> Rows:
@@ -279,7 +274,7 @@ class ModelRunner:
             places += range(chunk.start, end)
             blocks += [table[i // size] for i in range(chunk.start, end)]
             offsets += [i % size for i in range(chunk.start, end)]
-        positions.append(torch.tensor(places, dtype=torch.int64, device=self.device))
+        positions.append(to_device(torch.tensor(places, dtype=torch.int64), self.device))
         runs = self._adapter_runs(rows)
         sites = frozenset().union(*(run.weights.sites for run in runs))
         kept = frozenset().union(*(self._trainer(work).policies.reserve.labels for work, _ in rows.forwards))
@@ -320,24 +315,35 @@ class ModelRunner:
                 tokens += virtual
         if not places:
             return None
-        return VirtualRows(torch.tensor(places, device=self.device), torch.tensor(tokens, device=self.device))
+        placed, own = (to_device(torch.tensor(values), self.device) for values in (places, tokens))
+        return VirtualRows(placed, own)
 
-    def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
-        """Row i predicts token i + 1 of the prompt; the first token has no prediction."""
+    def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> Iterator[Callable[[], None]]:
+        """Row i predicts token i + 1 of the prompt; the first token has no prediction. Gives what reads them."""
         sequence: Sequence = chunk.sequence
-        assert sequence.sampling.prompt_logprobs is not None
+        num_top = sequence.sampling.prompt_logprobs
+        assert num_top is not None
         if chunk.start == 0:
-            sequence.prompt_logprobs = [None]
+            yield partial(_begin_prompt_logprobs, sequence)
         first = max(chunk.start, sequence.num_virtual_tokens)
         last = min(chunk.start + chunk.num_tokens, sequence.num_prompt_tokens - 1)
-        count, predicted = max(0, last - first), sequence.tokens[first + 1 : last + 1]
+        count = max(0, last - first)
+        predicted = to_device(torch.tensor(sequence.tokens[first + 1 : last + 1]), self.device)
         hidden, adapter = hidden[first - chunk.start :], self._adapter(sequence)
         for start in range(0, count, LOGPROB_ROWS):
             piece = hidden[start : min(start + LOGPROB_ROWS, count)]
             logits = self.model.logits(piece, _runs([(0, len(piece), adapter)]))
-            for row, token in zip(torch.log_softmax(logits, -1), predicted[start:], strict=False):
-                entry = logprob_entry(row, token, sequence.sampling.prompt_logprobs)
-                sequence.prompt_logprobs.append(entry)
+            tokens = predicted[start : start + len(piece)]
+            rows = LogprobRows(torch.log_softmax(logits, -1), tokens, [num_top] * len(piece))
+            yield partial(_read_prompt_logprobs, sequence, rows)
+
+
+def _begin_prompt_logprobs(sequence: Sequence) -> None:
+    sequence.prompt_logprobs = [None]
+
+
+def _read_prompt_logprobs(sequence: Sequence, rows: LogprobRows) -> None:
+    sequence.prompt_logprobs += rows.read()
 
 
 def _runs(spans: Iterable[tuple[int, int, AdapterWeights | None]]) -> list[AdapterRun]:

@@ -4,18 +4,21 @@ whoever shares the batch and wherever a crashed sequence is taken up again."""
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from services.gpu_worker.engine.batch import Sampled
 from services.gpu_worker.engine.sequence import Logprob, Sampling, Sequence
+from services.gpu_worker.kernels.sampling import SamplingRows
+from services.gpu_worker.kernels.transfer import Readback, to_device
 
 NUCLEUS_CANDIDATES = (512, 8192)  # most likely tokens looked at before a full sort, which takes far longer
 GREEDY_BELOW = 1e-5  # temperatures that a division would overflow at
 LEAST_LOGPROB = -9999.0
 MASK64 = (1 << 64) - 1
+SampleTokens = Callable[[Tensor, SamplingRows], Tensor]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -26,13 +29,97 @@ def uniform(seed: int, position: int) -> float:
     return ((z ^ (z >> 31)) >> 11) / (1 << 53)
 
 
-@torch.no_grad()
+class Drawn:
+    """A token for each of some sequences: on the device at once, on the host when it is read."""
+
+    def __init__(self, sequences: list[Sequence], tokens: Tensor, logprobs: dict[int, Tensor]) -> None:
+        """`tokens` int64 [R]; `logprobs` [V] of those rows that give alternatives."""
+        self.tokens = tokens
+        self.row_of = {sequence: row for row, sequence in enumerate(sequences)}
+        self._read_tokens = Readback(tokens)
+        self._rows = list(logprobs)
+        self._logprobs: LogprobRows | None = None
+        if logprobs:
+            nums_top = [sequences[row].sampling.logprobs or 0 for row in self._rows]
+            chosen = tokens[to_device(torch.tensor(self._rows), tokens.device)]
+            self._logprobs = LogprobRows(torch.stack(list(logprobs.values())), chosen, nums_top)
+
+    def read(self) -> list[Sampled]:
+        tokens = self._read_tokens.read().tolist()
+        entries = dict(zip(self._rows, self._logprobs.read(), strict=True)) if self._logprobs else {}
+        return [Sampled(s, tokens[row], entries.get(row)) for s, row in self.row_of.items()]
+
+
+class LogprobRows:
+    """Log-probabilities of the tokens of some positions and of the most likely ones, on their way to the host."""
+
+    def __init__(self, logprobs: Tensor, tokens: Tensor, nums_top: list[int]) -> None:
+        """`logprobs` [n, V], `tokens` int64 [n]; `nums_top` of each row's alternatives."""
+        values, ids = logprobs.topk(min(max(nums_top), logprobs.shape[1]))
+        self._values = Readback(torch.cat((logprobs.gather(1, tokens[:, None]), values), 1))
+        self._ids = Readback(ids)
+        self._nums_top = nums_top
+
+    def read(self) -> list[Logprob]:
+        rows = zip(self._values.read().tolist(), self._ids.read().tolist(), self._nums_top, strict=True)
+        return [
+            Logprob(_finite(values[0]), tuple(zip(ids[:n], map(_finite, values[1 : n + 1]), strict=True)))
+            for values, ids, n in rows
+        ]
+
+
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
-    """One token for each row of float32 `logits` [R, V]. Logprobs are those of the unmodified model."""
-    logprobs = _row_logprobs(logits, sequences)
+    """One token for each row of float32 `logits` [R, V], which are overwritten."""
+    return draw(logits, sequences).read()
+
+
+@torch.no_grad()
+def draw(logits: Tensor, sequences: list[Sequence], before: Drawn | None = None) -> Drawn:
+    """As `sample`, without waiting for the device. Logprobs are those of the unmodified model.
+
+    `before` has the tokens that are pending; of each sequence none but the last may be.
+    """
+    wanted = [r for r, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
+    logprobs = {row: torch.log_softmax(logits[row], -1) for row in wanted}
     for row, sequence in enumerate(sequences):
         if sequence.sampling.has_penalties:
-            logits[row] = penalise(logits[row], sequence)
+            logits[row] = penalise(logits[row], sequence, _pending(sequence, before))
+    choose = _choose_on_gpu if logits.is_cuda else _choose_by_row
+    return Drawn(sequences, choose(logits, sequences), logprobs)
+
+
+def _pending(sequence: Sequence, before: Drawn | None) -> Tensor | None:
+    """[1], on the device."""
+    if not sequence.num_pending_tokens:
+        return None
+    assert before is not None and sequence.num_pending_tokens == 1
+    row = before.row_of[sequence]
+    return before.tokens[row : row + 1]
+
+
+def _choose_on_gpu(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    from services.gpu_worker.kernels.triton.sampling import sample_tokens
+
+    return choose_at_once(logits, sequences, sample_tokens)
+
+
+def choose_at_once(logits: Tensor, sequences: list[Sequence], sample_tokens: SampleTokens) -> Tensor:
+    """In one launch."""
+    chosen = [sequence.sampling for sequence in sequences]
+    rows = SamplingRows.make(
+        [s.temperature for s in chosen],
+        [s.top_k for s in chosen],
+        [s.top_p for s in chosen],
+        [s.min_p for s in chosen],
+        [s.seed for s in chosen],
+        [sequence.num_tokens for sequence in sequences],
+        logits.device,
+    )
+    return sample_tokens(logits.float(), rows)
+
+
+def _choose_by_row(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Without sorting rows whose filters leave few tokens."""
     best, tokens = (found.tolist() for found in logits.max(-1))
     random_rows = [
         row
@@ -43,31 +130,33 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
         chosen = _draw(logits[random_rows], [sequences[r] for r in random_rows])
         for row, token in zip(random_rows, chosen, strict=True):
             tokens[row] = token
-    return [
-        Sampled(sequence, token, _entry(logprobs.get(row), token, sequence.sampling.logprobs))
-        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
-    ]
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
-def penalise(logits: Tensor, sequence: Sequence) -> Tensor:
-    """Repetition counts prompt and output; presence and frequency the output alone; the bias comes last."""
+def penalise(logits: Tensor, sequence: Sequence, pending: Tensor | None = None) -> Tensor:
+    """Repetition counts prompt and output; presence and frequency the output alone; the bias comes last. `pending`
+    int64 [n] are the output's last tokens where they are not known yet."""
     sampling, logits = sequence.sampling, logits.clone()
+    known = sequence.tokens[: sequence.num_known_tokens]
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.tokens[sequence.num_virtual_tokens :])), device=logits.device)
+        seen = _ids(sorted(set(known[sequence.num_virtual_tokens :])), logits.device, pending)
         values = logits[seen]
         factor = sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / factor, values * factor)
-    counts = Counter(sequence.tokens[sequence.num_prompt_tokens :])
-    if counts and (sampling.presence_penalty or sampling.frequency_penalty):
-        ids = torch.tensor(list(counts), device=logits.device)
-        amounts = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
-        logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * amounts
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        ids = _ids(known[sequence.num_prompt_tokens :], logits.device, pending)
+        counts = torch.zeros_like(logits).index_add_(0, ids, torch.ones_like(ids, dtype=logits.dtype))
+        logits -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
     if sampling.logit_bias:
-        ids = torch.tensor([token for token, _ in sampling.logit_bias], device=logits.device)
-        logits[ids] += torch.tensor(
-            [b for _, b in sampling.logit_bias], dtype=logits.dtype, device=logits.device
-        )
+        ids = _ids([token for token, _ in sampling.logit_bias], logits.device)
+        biases = torch.tensor([bias for _, bias in sampling.logit_bias], dtype=logits.dtype)
+        logits[ids] += to_device(biases, logits.device)
     return logits
+
+
+def _ids(tokens: list[int], device: torch.device, pending: Tensor | None = None) -> Tensor:
+    ids = to_device(torch.tensor(tokens, dtype=torch.int64), device)
+    return ids if pending is None else torch.cat((ids, pending))
 
 
 def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
@@ -120,22 +209,6 @@ def _confined(kept: Tensor, sampling: Sampling) -> bool:
     by_mass = sampling.top_p < 1 and float(kept.sum()) >= sampling.top_p
     by_ratio = sampling.min_p > 0 and float(kept[-1]) < sampling.min_p * float(kept[0])
     return by_mass or by_ratio
-
-
-def _row_logprobs(logits: Tensor, sequences: list[Sequence]) -> dict[int, Tensor]:
-    rows = [r for r, s in enumerate(sequences) if s.sampling.logprobs is not None]
-    return dict(zip(rows, torch.log_softmax(logits[rows], -1), strict=True)) if rows else {}
-
-
-def _entry(logprobs: Tensor | None, token: int, num_top: int | None) -> Logprob | None:
-    return None if logprobs is None or num_top is None else logprob_entry(logprobs, token, num_top)
-
-
-def logprob_entry(logprobs: Tensor, token: int, num_top: int) -> Logprob:
-    """`logprobs` [V] of one position."""
-    values, ids = logprobs.topk(min(num_top, len(logprobs)))
-    top = tuple(zip(ids.tolist(), map(_finite, values.tolist()), strict=True))
-    return Logprob(_finite(float(logprobs[token])), top)
 
 
 def _finite(logprob: float) -> float:

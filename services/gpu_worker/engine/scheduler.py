@@ -90,7 +90,12 @@ class Scheduler:
         insort_right(self.waiting, sequence, key=_urgency)
 
     def abort(self, sequence: Sequence) -> None:
-        """Forgets a sequence and frees its blocks."""
+        """Forgets a sequence and frees its blocks.
+
+        An iteration under way may still write to these. Whoever gets them writes later: a device computes in the
+        order in which it is told to.
+        """
+        sequence.end()
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -111,7 +116,8 @@ class Scheduler:
     # --- one iteration
 
     def schedule(self, now_s: float) -> Batch:
-        decodes = [s for s in self.running if len(s.tokens) == s.num_computed_tokens + 1]
+        """A batch that begins at `now_s`, once those before it are done."""
+        decodes = [s for s in self.running if len(s.tokens) == s.num_computed_tokens + 1 and not s.is_ending]
         self._has_prompts = len(decodes) < len(self.running)
         limits = Limits.of(decodes, now_s, self.config.idle_ms, self.config.margin)
         has_requests = bool(self.running or self.waiting)
@@ -152,22 +158,33 @@ class Scheduler:
             self.finetuning.fill(batch, self._current, update_ms, forced=not has_requests)
 
     def give_back(self, batch: Batch, num_steps: int) -> None:
-        """Of the batch's backward only the first `num_steps` steps have been computed; call it before `update`."""
+        """Of the batch's backward only the first `num_steps` steps are computed; call it before `advance`."""
         if num_steps < len(batch.backwards):
             self.finetuning.give_back(batch, num_steps)
 
-    def update(self, batch: Batch, sampled: list[Sampled], now_s: float) -> list[Progress]:
-        """Counts what was computed; returns the sequences that got a token or came to their end."""
+    def advance(self, batch: Batch, ends_s: float) -> None:
+        """Counts what is being computed; the tokens that are drawn, at `ends_s`, have their places from now on."""
         for sequence in batch.decodes:
-            sequence.num_computed_tokens += 1
-            self._register(sequence)
+            self._advance(sequence, 1, ends_s)
         for chunk in batch.prompts:
-            chunk.sequence.num_computed_tokens += chunk.num_tokens
-            self._register(chunk.sequence)
+            self._advance(chunk.sequence, chunk.num_tokens, ends_s)
         for update in batch.updates:
             if update.job.complete_update(update.end):
                 self._job_blocks.free(update.job)  # so that jobs take turns where memory holds one of them
-        return [self._advance(item, now_s) for item in sampled]
+
+    def _advance(self, sequence: Sequence, num_tokens: int, ends_s: float) -> None:
+        sequence.num_computed_tokens += num_tokens
+        if sequence.num_computed_tokens == len(sequence.tokens):
+            sequence.expect(ends_s)
+            num_output = len(sequence.tokens) - sequence.num_prompt_tokens
+            is_full = len(sequence.tokens) >= self.config.max_model_len
+            sequence.is_ending = is_full or num_output >= sequence.sampling.max_tokens
+        self._register(sequence)
+
+    def receive(self, sampled: list[Sampled], now_s: float) -> list[Progress]:
+        """Takes an iteration's tokens; returns the sequences that got one or came to their end. Those that were over
+        before get none."""
+        return [self._receive(item, now_s) for item in sampled if not item.sequence.is_over]
 
     def slack_beside_decodes_ms(self, tpot_ms: float) -> float:
         """What as many decodes as may run, half way through their contexts, leave of the time between tokens."""
@@ -270,7 +287,7 @@ class Scheduler:
                 self._release(sequence)
                 return False
         sequence.num_computed_tokens = len(sequence.block_table) * self.blocks.block_size
-        if sequence.num_output_tokens == 0:
+        if sequence.num_tokens == sequence.num_prompt_tokens:
             sequence.num_cached_tokens = sequence.num_computed_tokens
         return True
 
@@ -315,27 +332,29 @@ class Scheduler:
         sequence.num_computed_tokens = 0
 
     def _register(self, sequence: Sequence) -> None:
-        """Makes blocks that have become full findable."""
-        num_computed = sequence.num_computed_tokens
+        """Makes blocks that have become full, of known tokens, findable. Who finds one reads it after it is written:
+        in a later iteration."""
+        num_computed = min(sequence.num_computed_tokens, sequence.num_known_tokens)
         if sequence.cache_seed is not None and num_computed // self.blocks.block_size > len(
             sequence.block_hashes
         ):
             computed = sequence.tokens[:num_computed]
             self.blocks.register(sequence.cache_seed, computed, sequence.block_table, sequence.block_hashes)
 
-    def _advance(self, item: Sampled, now_s: float) -> Progress:
+    def _receive(self, item: Sampled, now_s: float) -> Progress:
         sequence, sampling = item.sequence, item.sequence.sampling
         if sampling.max_tokens == 0:
             return self._finish(sequence, None, "length")
         if item.token in sampling.stop_token_ids:
             return self._finish(sequence, None, "stop")
-        sequence.append(item.token, now_s)
-        full = sequence.num_tokens >= self.config.max_model_len
-        if full or sequence.num_output_tokens >= sampling.max_tokens:
+        sequence.fill(item.token, now_s)
+        is_full = sequence.num_known_tokens >= self.config.max_model_len
+        if is_full or sequence.num_output_tokens >= sampling.max_tokens:
             return self._finish(sequence, item, "length")
         return Progress(sequence, item, None)
 
     def _finish(self, sequence: Sequence, item: Sampled | None, reason: str) -> Progress:
+        self._register(sequence)
         self.abort(sequence)
         return Progress(sequence, item, reason)
 

@@ -64,13 +64,17 @@ class Logprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+PENDING = 0  # stands for a token that is drawn but not read yet
 AIM = 0.9  # of the mean time between tokens that is promised
 LONGEST_GAP = 2.0  # of it
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`tokens` is the prompt and what has been generated; the engine's work is `num_tokens - num_computed`."""
+    """`tokens` is the prompt and what has been generated; the engine's work is `num_tokens - num_computed`.
+
+    While iterations are under way, their tokens have places at the end that are filled once they are read.
+    """
 
     request_id: str
     tokens: list[int]
@@ -85,36 +89,67 @@ class Sequence:
     arrival_s: float = 0.0  # at the service, waiting in its queue included
     first_token_s: float | None = None  # monotonic time of the first token generated here
     last_token_s: float | None = None  # monotonic time of the newest token
-    deadline_s: float = field(init=False)  # when the next token is due
+    deadline_s: float = field(init=False)  # when the token after all of `tokens` is due
+    num_pending_tokens: int = 0  # at the end of `tokens`, not read yet
+    is_ending: bool = False  # all its tokens have places
+    is_over: bool = False
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks registered or matched
     prompt_logprobs: list[Logprob | None] = field(default_factory=list)
+    _expected_s: float = 0.0  # when the last pending token should come
 
     def __post_init__(self) -> None:
-        self.deadline_s = self.arrival_s + self.slo.ttft_ms / 1000
+        self.deadline_s = self.first_deadline_s
+
+    @property
+    def first_deadline_s(self) -> float:
+        return self.arrival_s + self.slo.ttft_ms / 1000
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
 
     @property
+    def num_known_tokens(self) -> int:
+        return len(self.tokens) - self.num_pending_tokens
+
+    @property
     def num_output_tokens(self) -> int:
-        return len(self.tokens) - self.num_prompt_tokens
+        """Of those known."""
+        return self.num_known_tokens - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.tokens) - self.num_computed_tokens
 
-    def append(self, token: int, now_s: float) -> None:
-        """Its next token, and when the one after that is due: the mean time between tokens is what is promised, so
-        tokens that came early leave time to one that comes later, but no gap may become so long that the stream
-        seems to stall."""
-        self.tokens.append(token)
+    def expect(self, at_s: float) -> None:
+        """Makes place for its next token, which should come at `at_s`."""
+        self.tokens.append(PENDING)
+        self.num_pending_tokens += 1
+        self._expected_s = at_s
+        self._promise(at_s)
+
+    def fill(self, token: int, now_s: float) -> None:
+        """Puts a token that has come into the first place that waits for one."""
+        self.tokens[self.num_known_tokens] = token
+        self.num_pending_tokens -= 1
         self.last_token_s = now_s
         if self.first_token_s is None:
             self.first_token_s = now_s
+        self._promise(max(now_s, self._expected_s) if self.num_pending_tokens else now_s)
+
+    def end(self) -> None:
+        """No token comes any more: gives up the places of those that were to."""
+        del self.tokens[self.num_known_tokens :]
+        self.num_pending_tokens = 0
+        self.is_over = True
+
+    def _promise(self, last_s: float) -> None:
+        """When the token after the last one is due: the mean time between tokens is what is promised, so tokens that
+        came early leave time to one that comes later, but no gap may become so long that the stream seems to stall."""
+        first_s = last_s if self.first_token_s is None else self.first_token_s
         tpot_s = self.slo.tpot_ms / 1000
         num_gaps = len(self.tokens) - self.num_prompt_tokens - self.num_resumed_tokens
-        self.deadline_s = min(self.first_token_s + AIM * num_gaps * tpot_s, now_s + LONGEST_GAP * tpot_s)
+        self.deadline_s = min(first_s + AIM * num_gaps * tpot_s, last_s + LONGEST_GAP * tpot_s)

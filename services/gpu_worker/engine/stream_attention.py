@@ -15,6 +15,7 @@ from services.gpu_worker.kernels.attention import causal_mask, length_mask
 from services.gpu_worker.kernels.backend import Kernels
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.paged_attention import PagedBatch, Run
+from services.gpu_worker.kernels.transfer import to_device
 from services.gpu_worker.model.attention import (
     Attention,
     GatheredAttention,
@@ -98,7 +99,7 @@ class _Gathering:
             for (chunk, _), n in zip(decodes, lengths, strict=True)
         ]
         mask = length_mask(
-            torch.tensor(lengths, device=cache.device),
+            to_device(torch.tensor(lengths), cache.device),
             max(len(table) for table in tables) * size,
             cache.num_kv_heads,
             cache.keys.dtype,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.kernels.cross_entropy import LowRankHead, linear_cross_entropy
+from services.gpu_worker.kernels.transfer import Readback
 from services.gpu_worker.model.transformer import Transformer
 
 
@@ -20,24 +21,35 @@ class WindowLoss:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Over labelled tokens, on their way to the host."""
+
+    _loss_and_accuracy: Readback
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss and token accuracy."""
+        loss, accuracy = self._loss_and_accuracy.read().tolist()
+        return loss, accuracy
+
+
 @dataclass(slots=True)
 class LossSum:
     """Sums over windows, each under a key: their order follows the keys, not which was computed first."""
 
     windows: dict[tuple[int, int], WindowLoss] = field(default_factory=dict)
 
-    def means(self) -> tuple[float, float]:
-        """Mean loss and token accuracy."""
+    def means(self) -> Means:
         windows = [self.windows[key] for key in sorted(self.windows)]
         sums = torch.stack([torch.stack((w.loss.double(), w.num_correct.double())) for w in windows]).sum(0)
-        loss, num_correct = (sums / sum(w.count for w in windows)).tolist()
-        return loss, num_correct
+        return Means(Readback(sums / sum(w.count for w in windows)))
 
 
 @torch.no_grad()
 def window_loss(
     model: Transformer,
     hidden: Tensor,
+    rows: Tensor,
     labels: Tensor,
     denominator: float,
     d_hidden: Tensor | None,
@@ -45,11 +57,10 @@ def window_loss(
 ) -> WindowLoss | None:
     """A window's loss, None where it has no labels; writes the gradient of (sum of losses) / `denominator`.
 
-    `hidden` [n, D] as `Transformer.forward` returns it, `labels` int64 [n] with -100 for rows without one,
-    which skip the head; `d_hidden` [n, D] is overwritten, or None for an evaluation. `low_rank` is the adapter's
-    part of the head.
+    `hidden` [n, D] as `Transformer.forward` returns it, of which `rows` int64 [m] have a label each, `labels` int64
+    [m]; the others skip the head. `d_hidden` [n, D] is overwritten, or None for an evaluation. `low_rank` is the
+    adapter's part of the head.
     """
-    rows = (labels != -100).nonzero()[:, 0]
     if d_hidden is not None:
         d_hidden.zero_()
     if not len(rows):
@@ -61,7 +72,7 @@ def window_loss(
     result = compute(
         model.final_norm(chosen),
         weights.head,
-        labels[rows],
+        labels,
         denominator,
         with_gradient=d_hidden is not None,
         low_rank=low_rank,

@@ -15,6 +15,7 @@ from services.gpu_worker.kernels.attention import causal_mask
 from services.gpu_worker.kernels.backend import TORCH, Kernels
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.paged_attention import PagedBatch, Run
+from services.gpu_worker.kernels.transfer import to_device
 from services.gpu_worker.model.attention import PagedWindow, WindowPart
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.transformer import VIRTUAL_TOKEN
@@ -41,15 +42,30 @@ class SequenceTensors:
         self._config, self._cache, self._kernels = config, cache, kernels
         filler = np.zeros(sequence.filler, np.int64)
         last = num_virtual_tokens + np.arange(sequence.filler)
-        self.tokens = self._on_device([*(tokens.astype(np.int64) for tokens, _ in examples), filler])
-        self.labels = self._on_device([*(labels for _, labels in examples), filler - 100])
-        self.positions = self._on_device([*(np.arange(len(tokens)) for tokens, _ in examples), last])
+        labels = np.concatenate([*(labels for _, labels in examples), filler - 100])
+        positions = np.concatenate([*(np.arange(len(tokens)) for tokens, _ in examples), last])
+        self.tokens = self._on_device(np.concatenate([*(t.astype(np.int64) for t, _ in examples), filler]))
+        self.labels, self.positions = self._on_device(labels), self._on_device(positions)
+        self._labelled = np.flatnonzero(labels != -100)
+        self._virtual = np.flatnonzero(positions < num_virtual_tokens)
         self._windows: dict[tuple[int, int], WindowAttention] = {}
         self._lock = Lock()  # lanes ask for windows at once
         self._parked: Tensor | None = None  # keys and values, from KVCache.save
 
-    def _on_device(self, arrays: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(self._cache.device)
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(values), self._cache.device)
+
+    def labelled_rows(self, window: Window) -> Tensor:
+        """Which of the window's rows have a label: int64 [n]. The host knows, so that nobody waits for the device."""
+        return self._rows(self._labelled, window)
+
+    def virtual_rows(self, window: Window) -> Tensor:
+        """Which of the window's rows stand for virtual tokens: int64 [n]."""
+        return self._rows(self._virtual, window)
+
+    def _rows(self, places: np.ndarray, window: Window) -> Tensor:
+        first, last = np.searchsorted(places, (window.start, window.end))
+        return self._on_device(places[first:last] - window.start)
 
     @property
     def size_bytes(self) -> int:

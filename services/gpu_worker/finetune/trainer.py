@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from services.gpu_worker.finetune.activations import ActivationStore
 from services.gpu_worker.finetune.backward import BackwardContext, GradientState
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import Examples, FinetuneJob, TrainingSequence, Window
-from services.gpu_worker.finetune.loss import LossSum, window_loss
+from services.gpu_worker.finetune.loss import LossSum, Means, window_loss
 from services.gpu_worker.finetune.memory import JobMemory
 from services.gpu_worker.finetune.optimizer import TrainableParameters
 from services.gpu_worker.finetune.policies import LayerPolicies
@@ -204,12 +206,10 @@ class Trainer:
         )
 
     def _virtual_rows(self, window: Window, first_row: int) -> VirtualRows | None:
-        extra = num_virtual_tokens(self.method)
-        if not extra:
+        if not num_virtual_tokens(self.method):
             return None
-        positions = self.positions(window)
-        rows = (positions < extra).nonzero()[:, 0]
-        return VirtualRows(rows + first_row, positions[rows])
+        rows = self._flight.virtual_rows(window)
+        return VirtualRows(rows + first_row, self.positions(window)[rows])
 
     # --- windows
 
@@ -220,9 +220,10 @@ class Trainer:
         if not evaluation:
             assert self._gradients is not None
             d_hidden = self._gradients.dx[window.start : window.end]
-        labels = self._flight.labels[window.start : window.end]
+        rows = self._flight.labelled_rows(window)
+        labels = self._flight.labels[window.start : window.end][rows]
         denominator = 1.0 if evaluation else float(self.job.denominator)
-        found = window_loss(self._model, hidden, labels, denominator, d_hidden, self._head())
+        found = window_loss(self._model, hidden, rows, labels, denominator, d_hidden, self._head())
         if found is not None:
             self._total.windows[self._num_begun, window.start] = found
 
@@ -285,13 +286,18 @@ class Trainer:
 
     # --- steps
 
-    def optimizer_step(self, start: int = 0, end: int | None = None) -> StepReport | None:
-        """Moves the parts [start, end) of the parameters, all of them by default; the last part ends the step.
+    def optimizer_step(self) -> StepReport:
+        """All parts of an update at once. Raises as what `launch_step` returns."""
+        read_report = self.launch_step(0, self.parameters.num_parts)
+        assert read_report is not None
+        return read_report()
 
-        Raises TrainingDiverged after several gradients that were not finite.
+    def launch_step(self, start: int, end: int) -> Callable[[], StepReport] | None:
+        """Moves the parts [start, end) of the parameters; the last part ends the step and gives what reads its report.
+
+        That raises TrainingDiverged after several gradients that were not finite.
         """
         job, parameters = self.job, self.parameters
-        end = parameters.num_parts if end is None else end
         rate = job.learning_rate()
         if start == 0:
             self._norm = parameters.begin_step(rate)
@@ -299,22 +305,29 @@ class Trainer:
         if end < parameters.num_parts:
             return None
         parameters.end_step()
-        norm, (loss, accuracy) = self._norm, self._take_means()
-        self.skipped_steps = 0 if norm is not None else self.skipped_steps + 1
-        if self.skipped_steps >= MAX_SKIPPED_STEPS:
-            raise TrainingDiverged(
-                f"the gradient was not finite in {self.skipped_steps} steps in a row, up to step {job.step + 1}"
-            )
         num_tokens = sum(sequence.num_example_tokens for sequence in job.sequences)
         self.trained_tokens += num_tokens
-        return StepReport(job.step + 1, rate, norm, loss, accuracy, num_tokens=num_tokens)
+        self.skipped_steps = 0 if self._norm is not None else self.skipped_steps + 1
+        report = StepReport(job.step + 1, rate, self._norm, num_tokens=num_tokens)
+        return partial(self._read_step, report, self._take_means(), self.skipped_steps)
 
-    def evaluation_report(self) -> StepReport:
-        """Means over the validation set, once its last window has been computed."""
-        loss, accuracy = self._take_means()
-        return StepReport(self.job.step, valid_loss=loss, valid_accuracy=accuracy)
+    def _read_step(self, report: StepReport, means: Means, num_skipped: int) -> StepReport:
+        if num_skipped >= MAX_SKIPPED_STEPS:
+            raise TrainingDiverged(
+                f"the gradient was not finite in {num_skipped} steps in a row, up to step {report.step}"
+            )
+        loss, accuracy = means.read()
+        return replace(report, train_loss=loss, train_accuracy=accuracy)
 
-    def _take_means(self) -> tuple[float, float]:
+    def end_evaluation(self) -> Callable[[], StepReport]:
+        """What reads the means over the validation set, whose last window has been computed."""
+        return partial(self._read_evaluation, self.job.step, self._take_means())
+
+    def _read_evaluation(self, step: int, means: Means) -> StepReport:
+        loss, accuracy = means.read()
+        return StepReport(step, valid_loss=loss, valid_accuracy=accuracy)
+
+    def _take_means(self) -> Means:
         means, self._total = self._total.means(), LossSum()
         return means
 

@@ -47,19 +47,25 @@ def adamw_(
 ) -> None:
     """Moves `masters` [n] and the moments [n]; `grad` [n] counts `clip` times and stays as it is.
 
-    `clip` may be a number on the device, so that nobody waits for the norm that it comes from. `copy` [n], of
-    any type, gets the moved masters.
+    `clip` may be a number on the device, so that nobody waits for the norm that it comes from; where that is NaN,
+    nothing moves. `copy` [n], of any type, gets the moved masters.
     """
+    state = masters, exp_avg, exp_avg_sq
+    before = [tensor.clone() for tensor in state]
     clipped = grad * clip
     exp_avg.lerp_(clipped, 1 - update.beta1)
     exp_avg_sq.mul_(update.beta2).addcmul_(clipped, clipped, value=1 - update.beta2)
     scale = (exp_avg_sq.sqrt() / update.correction).add_(update.epsilon)
     masters.mul_(update.kept).addcdiv_(exp_avg, scale, value=-update.step_size)
+    if isinstance(clip, Tensor):
+        for tensor, old in zip(state, before, strict=True):
+            tensor.copy_(torch.where(clip.isnan(), old, tensor))
     if copy is not None:
         copy.copy_(masters)
 
 
-def clip_factor(grad: Tensor, most: float) -> Tensor:
-    """What makes the norm of `grad` at most `most`, as torch's clip_grad_norm_ has it; a scalar on the device."""
-    factor: Tensor = most / (torch.linalg.vector_norm(grad) + 1e-6)
-    return factor.clamp(max=1)
+def clip_factor(norm: Tensor, most: float) -> Tensor:
+    """What makes a gradient's norm at most `most`, as torch's clip_grad_norm_ has it, or leaves it as it is (0); a
+    scalar beside `norm`. NaN for a norm that is not finite."""
+    factor = (most / (norm + 1e-6)).clamp(max=1) if most else torch.ones_like(norm)
+    return torch.where(norm.isfinite(), factor, torch.nan)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.kernels.norm_rope import rope
+from services.gpu_worker.kernels.transfer import to_device
 
 
 class KVCache:
@@ -44,14 +45,14 @@ class KVCache:
         offset = torch.tensor(offsets, dtype=torch.int64)[:, None]
         head = torch.arange(self.num_kv_heads, dtype=torch.int64)
         slots = (block * self.num_kv_heads + head) * self.block_size + offset
-        return slots.flatten().to(self.device)
+        return to_device(slots.flatten(), self.device)
 
     def pages(self, block_tables: list[list[int]]) -> Tensor:
         """Gather index of B block tables, the shorter padded with a block of theirs: int64 [B * G * num_pages]."""
         width = max(len(table) for table in block_tables)
         padded = torch.tensor([t + t[:1] * (width - len(t)) for t in block_tables], dtype=torch.int64)
         head = torch.arange(self.num_kv_heads, dtype=torch.int64)[None, :, None]
-        return (padded[:, None, :] * self.num_kv_heads + head).flatten().to(self.device)
+        return to_device((padded[:, None, :] * self.num_kv_heads + head).flatten(), self.device)
 
     def clear(self, blocks: list[int]) -> None:
         """Zeroes blocks that will be read before they are full. A mask alone does not hide what an earlier
@@ -63,7 +64,7 @@ class KVCache:
     def _rows(self, blocks: list[int]) -> Tensor:
         """Where the heads of blocks lie: int64 [len(blocks) * G]."""
         rows = torch.tensor(blocks, dtype=torch.int64)[:, None] * self.num_kv_heads
-        return (rows + torch.arange(self.num_kv_heads, dtype=torch.int64)).flatten().to(self.device)
+        return to_device((rows + torch.arange(self.num_kv_heads, dtype=torch.int64)).flatten(), self.device)
 
     def save(self, blocks: list[int]) -> Tensor:
         """A copy of all that blocks hold, in host memory: [2, num_layers, len(blocks) * G, block_size * E]."""

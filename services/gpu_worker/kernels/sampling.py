@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from services.gpu_worker.kernels.transfer import to_device
+
 GREEDY_BELOW = 1e-5  # temperatures that a division would overflow at
 
 
@@ -42,7 +44,7 @@ class SamplingRows:
         integers = torch.tensor([signed, position, top_k], dtype=torch.int64)
         floats = torch.tensor([temperature, top_p, min_p], dtype=torch.float32)
         packed = torch.cat((integers.view(-1).view(torch.int32), floats.view(-1).view(torch.int32)))
-        sent = packed.to(device, non_blocking=True)
+        sent = to_device(packed, device)
         integers = sent[: 6 * len(seed)].view(torch.int64).view(3, -1)
         floats = sent[6 * len(seed) :].view(torch.float32).view(3, -1)
         top = integers[2].clamp(max=(1 << 31) - 1).to(torch.int32)

@@ -58,7 +58,7 @@ def test_steps_are_those_of_torch(
     start = Numbers(torch.float32, device)(size)
     masters, moments = start.clone(), [torch.zeros_like(start) for _ in range(2)]
     for update, gradient in zip(updates(weight_decay), gradients(size, device), strict=True):
-        clip = 1.0 if most is None else clip_factor(gradient, most)
+        clip = 1.0 if most is None else clip_factor(torch.linalg.vector_norm(gradient), most)
         before = gradient.clone()
         ops.adamw_(masters, gradient, *moments, update, clip)
         assert torch.equal(gradient, before)
@@ -86,6 +86,20 @@ def test_a_parameter_without_a_gradient_only_decays(ops: Any, device: torch.devi
     zeros = [torch.zeros(5, device=device) for _ in range(3)]
     ops.adamw_(masters, *zeros, AdamW(1, 0.1, weight_decay=0.5))
     torch.testing.assert_close(masters, torch.full((5,), 0.95, device=device))
+
+
+@both
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_moves_nothing(ops: Any, bad: float, device: torch.device) -> None:
+    draw = Numbers(torch.float32, device)
+    masters, gradient = draw(1030), draw(1030)
+    moments = [draw(1030), draw(1030).abs()]
+    gradient[7] = bad
+    before = [tensor.clone() for tensor in (masters, *moments)]
+    for most in (0.0, 0.5):
+        clip = clip_factor(torch.linalg.vector_norm(gradient), most)
+        ops.adamw_(masters, gradient, *moments, updates(0.1)[0], clip)
+    assert all(torch.equal(*pair) for pair in zip((masters, *moments), before, strict=True))
 
 
 @both

@@ -36,8 +36,9 @@ def _adamw_kernel(
 ):
     """`rest` is what is missing to one, which float32 would not get from a beta near it."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
-    grad = tl.load(grad_ptr + place, mask=inside, other=0.0) * tl.load(clip_ptr)
+    clip = tl.load(clip_ptr)
+    inside = (place < size) & (clip == clip)
+    grad = tl.load(grad_ptr + place, mask=inside, other=0.0) * clip
     exp_avg = tl.load(exp_avg_ptr + place, mask=inside, other=0.0)
     exp_avg += beta1_rest * (grad - exp_avg)
     tl.store(exp_avg_ptr + place, exp_avg, mask=inside)
@@ -63,8 +64,8 @@ def adamw_(
 ) -> None:
     """Moves `masters` [n] and the moments [n]; `grad` [n] counts `clip` times and stays as it is.
 
-    `clip` may be a float32 number on the device, so that nobody waits for the norm that it comes from. `copy`
-    [n], of any floating type, gets the moved masters.
+    `clip` may be a float32 number on the device, so that nobody waits for the norm that it comes from; where that is
+    NaN, nothing moves, nor is anything copied. `copy` [n], of any floating type, gets the moved masters.
     """
     for name, tensor in {
         "masters": masters,
