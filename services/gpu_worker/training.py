@@ -23,7 +23,7 @@ from services.gpu_worker.engine.events import JobEvent
 from services.gpu_worker.finetune.checkpoint import InvalidCheckpoint
 from services.gpu_worker.finetune.dataset import Dataset, InvalidDataset
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.finetune.trainer import StepReport, TrainingDiverged
+from services.gpu_worker.finetune.reports import StepReport, TrainingDiverged
 from services.gpu_worker.methods import method_of
 from services.gpu_worker.model.peft import InvalidAdapter
 from services.gpu_worker.store_client import (

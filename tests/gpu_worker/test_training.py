@@ -16,7 +16,7 @@ from services.gpu_worker.engine.events import JobEvent
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.finetune.trainer import StepReport
+from services.gpu_worker.finetune.reports import StepReport
 from services.gpu_worker.model.peft import LoraConfig
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import make_engine, prompt_of, run

@@ -15,7 +15,7 @@ from services.gpu_worker.engine.events import JobEvent
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune import optimizer
 from services.gpu_worker.finetune.job import JobConfig, Phase
-from services.gpu_worker.finetune.trainer import TrainingDiverged
+from services.gpu_worker.finetune.reports import TrainingDiverged
 from services.gpu_worker.model.peft import LoraConfig
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import generate, make_engine, make_timeless_engine, prompt_of, run

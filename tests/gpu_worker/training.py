@@ -13,7 +13,8 @@ from services.gpu_worker.compiler.programs import CompiledMethod, ForwardProgram
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase, Window
 from services.gpu_worker.finetune.policies import LayerPolicies
-from services.gpu_worker.finetune.trainer import StepReport, Trainer, examples_of
+from services.gpu_worker.finetune.reports import StepReport
+from services.gpu_worker.finetune.trainer import Trainer, examples_of
 from services.gpu_worker.finetune.window_attention import GatheredWindow, PagedRuns, WindowAttention
 from services.gpu_worker.kernels.backend import TORCH, Kernels
 from services.gpu_worker.kernels.kv_cache import KVCache

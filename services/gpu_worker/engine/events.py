@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from services.gpu_worker.engine.batch import Timing
 from services.gpu_worker.engine.sequence import Logprob
-from services.gpu_worker.finetune.trainer import StepReport
+from services.gpu_worker.finetune.reports import StepReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 
 from services.gpu_worker.engine.batch import Batch, LaneTiming, Sampled, Timing
 from services.gpu_worker.engine.sampler import Drawn
-from services.gpu_worker.finetune.trainer import StepReport, TrainingDiverged
+from services.gpu_worker.finetune.reports import StepReport, TrainingDiverged
 
 
 class Mark:

@@ -28,7 +28,7 @@ def save_checkpoint(trainer: Trainer) -> dict[str, bytes]:
         "step": job.step,
         "evaluated_step": job.evaluated_step,
         "trained_tokens": trainer.trained_tokens,
-        "skipped_steps": trainer.skipped_steps,
+        "skipped_steps": trainer.steps.num_skipped,
         "config": asdict(job.config),
         "torch": torch.__version__,
     }
@@ -56,5 +56,5 @@ def load_checkpoint(trainer: Trainer, files: Mapping[str, bytes]) -> None:
         trainer.parameters.load_state(tensors)
     except ValueError as error:
         raise InvalidCheckpoint(f"job {job.job_id}: {error}") from error
-    trainer.trained_tokens, trainer.skipped_steps = state["trained_tokens"], state["skipped_steps"]
+    trainer.trained_tokens, trainer.steps.num_skipped = state["trained_tokens"], state["skipped_steps"]
     job.resume(state["step"], state["evaluated_step"])

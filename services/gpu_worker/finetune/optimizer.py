@@ -6,6 +6,7 @@ Of ranks that share the model each has its part of them, and the same bits of wh
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.finetune.steps import PART, make_stepper
+from services.gpu_worker.kernels.adamw import clip_factor
 from services.gpu_worker.kernels.bypass import BlockGradient, ScaledGradient
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
+from services.gpu_worker.kernels.transfer import Readback
 from services.gpu_worker.model.adapters import AdapterWeights
 from services.gpu_worker.model.layouts import ONE_RANK, Layout
 from services.gpu_worker.model.parameters import Key, Parameter, initial
@@ -30,6 +33,18 @@ from services.gpu_worker.model.weights import ModelWeights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = {"masters", "step", *MOMENTS}  # before the first step the masters alone
+
+
+@dataclass(frozen=True, slots=True)
+class GradientNorm:
+    """Of a gradient before it is clipped, on its way to the host."""
+
+    _norm: Readback
+
+    def read(self) -> float | None:
+        """None where it is not finite."""
+        norm = float(self._norm.read())
+        return norm if math.isfinite(norm) else None
 
 
 class TrainableParameters:
@@ -51,7 +66,6 @@ class TrainableParameters:
         self.gradients: dict[Key, Tensor] = {}
         self._slice()
         self._reset_masters()
-        self._is_finite = True  # the gradient of the update in hand
         self._stepper = make_stepper(self.flat, self.grad, job, base.kernels)
         self.refresh()
 
@@ -147,43 +161,37 @@ class TrainableParameters:
         """Into which an update can be cut."""
         return max(1, math.ceil(self.flat.numel() / PART))
 
-    def step(self, learning_rate: float) -> float | None:
+    def step(self, learning_rate: float) -> GradientNorm:
         """A whole update; returns as `begin_step`."""
         norm = self.begin_step(learning_rate)
         self.move(0, self.num_parts)
         self.end_step()
         return norm
 
-    def begin_step(self, learning_rate: float) -> float | None:
-        """Clips the gradient. Returns its norm before that, or None when it was not finite: then nothing moves."""
+    def begin_step(self, learning_rate: float) -> GradientNorm:
+        """Clips the gradient; one that is not finite moves nothing. Returns its norm before that."""
         norm = self._reduce_gradient()
-        self._is_finite = math.isfinite(norm)
-        if not self._is_finite:
-            return None
-        most = self._job.max_grad_norm
-        self._stepper.begin(learning_rate, most / (norm + 1e-6) if most and norm > most else 1.0)
-        return norm
+        self._stepper.begin(learning_rate, clip_factor(norm, self._job.max_grad_norm))
+        return GradientNorm(Readback(norm))
 
     def move(self, start: int, end: int) -> None:
         """AdamW on some of the parts; each has to have its turn once between `begin_step` and `end_step`."""
-        if self._is_finite:
-            self._stepper.move(start, end)
+        self._stepper.move(start, end)
 
     def end_step(self) -> None:
         """Clears the gradient and lets forward and backward compute with what has moved."""
         self.grad.zero_()
-        if self._is_finite:
-            self.refresh()
+        self.refresh()
 
-    def _reduce_gradient(self) -> float:
-        """Makes the rank's gradient complete; returns the norm of all ranks'.
+    def _reduce_gradient(self) -> Tensor:
+        """Makes the rank's gradient complete; returns the norm of all ranks', a scalar on the device.
 
         What every rank has is summed, or taken from the first where each has computed all of it, so that it
         stays the same on all of them to the last bit.
         """
         group = self._base.group
         if group.size == 1:
-            return float(torch.linalg.vector_norm(self.grad))
+            return torch.linalg.vector_norm(self.grad)
         places = [p.place for p in self.weights.parameters]
         shared = [place for place in places if self._shards.dim(place) is None]
         for place in shared if group.rank else ():
@@ -197,7 +205,7 @@ class TrainableParameters:
         sizes = [self.gradients[place].numel() for place in shared]
         for place, total in zip(shared, flat.split(sizes), strict=True):
             self.gradients[place].copy_(total.view_as(self.gradients[place]))
-        return float((squares + flat.double().square().sum()).sqrt())
+        return (squares + flat.double().square().sum()).sqrt().squeeze()
 
     def whole_masters(self) -> dict[Key, Tensor]:
         """Of all ranks, shaped as files have them; every rank has to call it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,8 +14,9 @@ from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import Examples, FinetuneJob, TrainingSequence, Window
 from services.gpu_worker.finetune.loss import LossSum, Means, window_loss
 from services.gpu_worker.finetune.memory import JobMemory
-from services.gpu_worker.finetune.optimizer import TrainableParameters
+from services.gpu_worker.finetune.optimizer import GradientNorm, TrainableParameters
 from services.gpu_worker.finetune.policies import LayerPolicies
+from services.gpu_worker.finetune.reports import LaunchedSteps, StepReport, read_evaluation
 from services.gpu_worker.finetune.sequence_tensors import SequenceTensors
 from services.gpu_worker.finetune.window_attention import WindowAttention
 from services.gpu_worker.kernels.cross_entropy import LowRankHead
@@ -27,26 +27,6 @@ from services.gpu_worker.kernels.paged_attention import Run
 from services.gpu_worker.model.context import AdapterRun, Capture, VirtualRows
 from services.gpu_worker.model.peft import EMBEDDING, HEAD, LoraConfig, Method, num_virtual_tokens
 from services.gpu_worker.model.transformer import Transformer
-
-MAX_SKIPPED_STEPS = 3  # non-finite gradients in a row before a job is given up
-
-
-class TrainingDiverged(RuntimeError):
-    """Several optimizer steps in a row had gradients that were not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """One optimizer step, or an evaluation after it."""
-
-    step: int
-    learning_rate: float | None = None
-    grad_norm: float | None = None  # None: not finite, the step was skipped
-    train_loss: float | None = None
-    train_accuracy: float | None = None
-    valid_loss: float | None = None
-    valid_accuracy: float | None = None
-    num_tokens: int = 0
 
 
 def examples_of(dataset: Dataset, method: Method) -> Examples:
@@ -76,10 +56,10 @@ class Trainer:
         compiled = policies.compiled
         self.parameters = TrainableParameters(model.weights, compiled.method, job.config, compiled.layout)
         self.trained_tokens = 0
-        self.skipped_steps = 0  # in a row
+        self.steps = LaunchedSteps()
         layers = range(model.config.num_layers) if compiled.trains_layers else ()
         self._programs = [policies.program(layer) for layer in layers]
-        self._norm: float | None = None  # of the gradient of the update in hand
+        self._norm: GradientNorm | None = None  # of the update in hand
         self._model, self._cache = model, cache
         self._training, self._validation = training, validation
         self._restarts = 0  # of the job, when its gradients were last dropped
@@ -307,25 +287,13 @@ class Trainer:
         parameters.end_step()
         num_tokens = sum(sequence.num_example_tokens for sequence in job.sequences)
         self.trained_tokens += num_tokens
-        self.skipped_steps = 0 if self._norm is not None else self.skipped_steps + 1
-        report = StepReport(job.step + 1, rate, self._norm, num_tokens=num_tokens)
-        return partial(self._read_step, report, self._take_means(), self.skipped_steps)
-
-    def _read_step(self, report: StepReport, means: Means, num_skipped: int) -> StepReport:
-        if num_skipped >= MAX_SKIPPED_STEPS:
-            raise TrainingDiverged(
-                f"the gradient was not finite in {num_skipped} steps in a row, up to step {report.step}"
-            )
-        loss, accuracy = means.read()
-        return replace(report, train_loss=loss, train_accuracy=accuracy)
+        assert self._norm is not None, "a step begins with its first part"
+        report = StepReport(job.step + 1, rate, num_tokens=num_tokens)
+        return self.steps.add(report, self._norm, self._take_means())
 
     def end_evaluation(self) -> Callable[[], StepReport]:
         """What reads the means over the validation set, whose last window has been computed."""
-        return partial(self._read_evaluation, self.job.step, self._take_means())
-
-    def _read_evaluation(self, step: int, means: Means) -> StepReport:
-        loss, accuracy = means.read()
-        return StepReport(step, valid_loss=loss, valid_accuracy=accuracy)
+        return partial(read_evaluation, self.job.step, self._take_means())
 
     def _take_means(self) -> Means:
         means, self._total = self._total.means(), LossSum()

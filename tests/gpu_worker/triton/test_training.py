@@ -11,7 +11,8 @@ from torch import Tensor
 
 from services.gpu_worker.finetune.checkpoint import load_checkpoint, save_checkpoint
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.finetune.trainer import StepReport, Trainer
+from services.gpu_worker.finetune.reports import StepReport
+from services.gpu_worker.finetune.trainer import Trainer
 from services.gpu_worker.kernels.backend import KernelChoice, choose_kernels
 from services.gpu_worker.model.peft import Method
 from tests.gpu_worker.engines import METHODS
