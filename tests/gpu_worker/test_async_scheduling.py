@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from services.gpu_worker.engine import sampler
 from services.gpu_worker.engine.batch import Batch
 from services.gpu_worker.engine.engine import Engine, EngineConfig, is_asynchronous
 from services.gpu_worker.engine.events import JobEvent
@@ -289,13 +287,10 @@ class NoWaiting(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_nothing_in_a_launch_waits_for_what_the_device_computes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_in_a_launch_waits_for_what_the_device_computes(folder: Path) -> None:
     """But for updates, which on a CPU know their norm at once. Drawn as on a GPU, by the kernel's twin."""
-    at_once = partial(sampler.choose_at_once, sample_tokens=sample_tokens)
-    monkeypatch.setattr(sampler, "_choose_by_row", at_once)
     engine = make_timeless_engine(folder, async_scheduling=True)
+    engine.runner._sample_tokens = sample_tokens
     engine.load_adapter("a" * 64, make_adapter(engine.model.config, METHODS["prefix"]))
     vocab = engine.model.config.vocab_size
     for name in ("lora", "prompt", "dora"):

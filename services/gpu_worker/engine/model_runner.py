@@ -65,6 +65,10 @@ class ModelRunner:
         self.lanes = lanes
         self.trainers: dict[str, Trainer] = {}
         self._drawn: Drawn | None = None  # by the last batch that drew tokens
+        kernels = model.weights.kernels  # a CPU draws row by row, and sorts few of them
+        self._sample_tokens = (
+            kernels.sample_tokens if kernels.is_triton or self.device.type == "cuda" else None
+        )
         self.decode_graphs: DecodeGraphs | None = None
         weights = model.weights
         self._programs = ForwardPrograms(weights.whole, weights.group.size, weights.kernels)
@@ -225,7 +229,8 @@ class ModelRunner:
         sequences = [sequence for sequence, _ in done]
         runs = _runs((i, i + 1, self._adapter(sequence)) for i, sequence in enumerate(sequences))
         last = to_device(torch.tensor([row for _, row in done]), self.device)
-        return draw(self.model.logits(hidden.index_select(0, last), runs), sequences, self._drawn)
+        logits = self.model.logits(hidden.index_select(0, last), runs)
+        return draw(logits, sequences, self._drawn, self._sample_tokens)
 
     def _adapter(self, sequence: Sequence) -> AdapterWeights | None:
         return None if sequence.adapter is None else self.adapters.get(sequence.adapter)

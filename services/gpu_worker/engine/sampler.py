@@ -74,8 +74,14 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
 
 
 @torch.no_grad()
-def draw(logits: Tensor, sequences: list[Sequence], before: Drawn | None = None) -> Drawn:
-    """As `sample`, without waiting for the device. Logprobs are those of the unmodified model.
+def draw(
+    logits: Tensor,
+    sequences: list[Sequence],
+    before: Drawn | None = None,
+    sample_tokens: SampleTokens | None = None,
+) -> Drawn:
+    """As `sample`; where there is a kernel for all rows, without waiting for the device. Logprobs are those of the
+    unmodified model.
 
     `before` has the tokens that are pending; of each sequence none but the last may be.
     """
@@ -84,8 +90,11 @@ def draw(logits: Tensor, sequences: list[Sequence], before: Drawn | None = None)
     for row, sequence in enumerate(sequences):
         if sequence.sampling.has_penalties:
             logits[row] = penalise(logits[row], sequence, _pending(sequence, before))
-    choose = _choose_on_gpu if logits.is_cuda else _choose_by_row
-    return Drawn(sequences, choose(logits, sequences), logprobs)
+    if sample_tokens is None:
+        tokens = _choose_by_row(logits, sequences)
+    else:
+        tokens = sample_tokens(logits.float(), _sampling_rows(sequences, logits.device))
+    return Drawn(sequences, tokens, logprobs)
 
 
 def _pending(sequence: Sequence, before: Drawn | None) -> Tensor | None:
@@ -97,25 +106,17 @@ def _pending(sequence: Sequence, before: Drawn | None) -> Tensor | None:
     return before.tokens[row : row + 1]
 
 
-def _choose_on_gpu(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    from services.gpu_worker.kernels.triton.sampling import sample_tokens
-
-    return choose_at_once(logits, sequences, sample_tokens)
-
-
-def choose_at_once(logits: Tensor, sequences: list[Sequence], sample_tokens: SampleTokens) -> Tensor:
-    """In one launch."""
+def _sampling_rows(sequences: list[Sequence], device: torch.device) -> SamplingRows:
     chosen = [sequence.sampling for sequence in sequences]
-    rows = SamplingRows.make(
+    return SamplingRows.make(
         [s.temperature for s in chosen],
         [s.top_k for s in chosen],
         [s.top_p for s in chosen],
         [s.min_p for s in chosen],
         [s.seed for s in chosen],
         [sequence.num_tokens for sequence in sequences],
-        logits.device,
+        device,
     )
-    return sample_tokens(logits.float(), rows)
 
 
 def _choose_by_row(logits: Tensor, sequences: list[Sequence]) -> Tensor:

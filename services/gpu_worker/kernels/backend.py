@@ -22,6 +22,7 @@ from services.gpu_worker.kernels import (
     norm_rope,
     paged_attention,
     paged_attention_backward,
+    sampling,
 )
 
 KernelChoice = Literal["auto", "triton", "torch"]
@@ -54,6 +55,7 @@ class Kernels:
     paged_attention: Callable[[Tensor, Tensor, Tensor, paged_attention.PagedBatch], tuple[Tensor, Tensor]]
     paged_attention_backward: Callable[..., Tensor]
     add_low_rank_: Callable[[Tensor, Tensor, lora_stream.LoraStream, int, int], Tensor]
+    sample_tokens: Callable[[Tensor, sampling.SamplingRows], Tensor]
 
     @property
     def is_triton(self) -> bool:
@@ -75,6 +77,7 @@ TORCH = Kernels(
     paged_attention.paged_attention,
     paged_attention_backward.paged_attention_backward,
     lora_stream.add_low_rank_,
+    sampling.sample_tokens,
 )
 
 
@@ -107,6 +110,7 @@ def _triton_kernels() -> Kernels:
     from services.gpu_worker.kernels.triton import kv_cache as fused_cache
     from services.gpu_worker.kernels.triton import lora_stream as fused_lora
     from services.gpu_worker.kernels.triton import norm_rope as fused
+    from services.gpu_worker.kernels.triton import sampling as fused_sampling
 
     return Kernels(
         "triton",
@@ -123,6 +127,7 @@ def _triton_kernels() -> Kernels:
         _explained(attention.paged_attention),
         _explained(attention_backward.paged_attention_backward),
         _explained(fused_lora.add_low_rank_),
+        _explained(fused_sampling.sample_tokens),
     )
 
 
