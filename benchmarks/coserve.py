@@ -30,7 +30,8 @@ from benchmarks.arrivals import arrivals
 from benchmarks.peers.finetuning import RANK, TARGETS, Training, load_examples
 from benchmarks.replay import Run
 from benchmarks.report import save
-from services.gpu_worker.engine.engine import Engine, EngineConfig
+from services.gpu_worker.engine.config import EngineConfig
+from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sharing import SharingName
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO

@@ -25,7 +25,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.forms import DENSE, FORMS, Form, levels, products, rounding
 from benchmarks.report import save
-from services.gpu_worker.engine.engine import Engine, EngineConfig
+from services.gpu_worker.engine.config import EngineConfig
+from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO

@@ -15,7 +15,8 @@ import torch
 
 from benchmarks.gpu.models import RANK
 from benchmarks.gpu.scales import TARGETS, Scale
-from services.gpu_worker.engine.engine import Engine, EngineConfig
+from services.gpu_worker.engine.config import EngineConfig
+from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.memory import free_bytes
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sharing import SharingName

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.gpu_worker.dry_run import BLOCK_SIZE, FORMS, Form, cache_bytes_per_token
-from services.gpu_worker.engine.engine import DTYPES, Engine, EngineConfig
+from services.gpu_worker.engine.config import DTYPES, EngineConfig
+from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO

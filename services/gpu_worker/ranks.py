@@ -23,7 +23,8 @@ import structlog
 import torch
 import torch.distributed as dist
 
-from services.gpu_worker.engine.engine import Engine, EngineConfig, device_of, is_asynchronous
+from services.gpu_worker.engine.config import EngineConfig, device_of, is_asynchronous
+from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.group import Channel, GroupEngine
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.layouts import check_tensor_parallel

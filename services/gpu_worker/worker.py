@@ -13,7 +13,8 @@ from types import FrameType
 
 import structlog
 
-from services.gpu_worker.engine.engine import Engine, EngineConfig
+from services.gpu_worker.engine.config import EngineConfig
+from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.events import IterationStats
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.slo import SLO

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from services.gpu_worker.engine.engine import Engine, EngineConfig
+from services.gpu_worker.engine.config import EngineConfig
+from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.events import JobEvent, TokenEvent
 from services.gpu_worker.engine.latency import Curve, LatencyModel
 from services.gpu_worker.engine.scheduler import SchedulerConfig

@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from services.gpu_worker.engine.batch import Batch
-from services.gpu_worker.engine.engine import Engine, EngineConfig, is_asynchronous
+from services.gpu_worker.engine.config import EngineConfig, is_asynchronous
+from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.events import JobEvent
 from services.gpu_worker.engine.in_flight import InFlight
 from services.gpu_worker.engine.sequence import AIM, LONGEST_GAP, Sampling, Sequence

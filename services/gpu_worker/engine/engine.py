@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import torch
 
 from services.gpu_worker.compiler.layout import choose_layout
-from services.gpu_worker.engine.admission import Admission, Offload
+from services.gpu_worker.engine.admission import Admission
 from services.gpu_worker.engine.attainment import Attainment
 from services.gpu_worker.engine.batch import Batch, Timing, Update
 from services.gpu_worker.engine.block_manager import BlockManager
+from services.gpu_worker.engine.config import (
+    EngineConfig,
+    device_of,
+    dtype_of,
+    is_asynchronous,
+    make_linear,
+)
 from services.gpu_worker.engine.events import IterationStats, JobEvent, StepResult, TokenEvent
 from services.gpu_worker.engine.in_flight import InFlight, RunResult
 from services.gpu_worker.engine.lanes import NUM_LANES, Lanes
@@ -29,55 +34,21 @@ from services.gpu_worker.engine.profile_cache import ProfileCache, key_of
 from services.gpu_worker.engine.requests import InvalidRequest, Requests
 from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
-from services.gpu_worker.engine.slo import DEFAULT_SLO, DEFAULT_TIER, SLO
+from services.gpu_worker.engine.slo import DEFAULT_TIER
 from services.gpu_worker.finetune.checkpoint import load_checkpoint, save_checkpoint
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
 from services.gpu_worker.finetune.memory import JobMemory
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.trainer import Trainer, examples_of
-from services.gpu_worker.kernels.backend import KernelChoice, choose_kernels
+from services.gpu_worker.kernels.backend import choose_kernels
 from services.gpu_worker.kernels.kv_cache import KVCache
-from services.gpu_worker.kernels.linear import DenseLinear
-from services.gpu_worker.kernels.quantised import GROUP_SIZE, quantise
 from services.gpu_worker.model.adapters import AdapterPool
 from services.gpu_worker.model.parallel import ALONE, Group
 from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens
 from services.gpu_worker.model.peft_files import read_peft, write_peft
 from services.gpu_worker.model.transformer import Transformer
-from services.gpu_worker.model.weights import MakeLinear, ModelWeights, load_weights
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    model_dir: Path
-    device: str = "auto"
-    dtype: str = "auto"
-    num_threads: int = 0  # 0: all cores
-    kernels: KernelChoice = "auto"  # auto: Triton's on a GPU, torch's elsewhere
-    cuda_graphs: bool = True  # forwards over decodes alone are recorded; with Triton's kernels on a GPU
-    lanes: bool = True  # two halves of a CPU's threads may work at once
-    async_scheduling: bool | None = None  # launch an iteration while the one before computes; None: on a GPU
-    quantise: Literal["none", "int8", "int4"] = "none"  # the layers' linears; embedding and head stay dense
-    int4_group_size: int = GROUP_SIZE  # inputs that share a scale
-    block_size: int = 16
-    kv_cache_bytes: int = 0  # 0: a share of the free memory
-    max_adapters: int = 16
-    max_lora_rank: int = 128
-    max_finetune_jobs: int = 4
-    finetune_tokens_in_flight: int = 2048
-    finetune_bytes: int = 0  # of all jobs together; 0: a share of what weights, cache and adapters leave
-    activation_bytes: int = 0  # that one job keeps if it can; 0: its part of these
-    offload_activations: Offload = "auto"  # to host memory; auto: what a GPU has no room for
-    slos: Mapping[str, SLO] = field(default_factory=lambda: {DEFAULT_TIER: DEFAULT_SLO})  # by tier
-    profile_dir: Path | None = None  # keeps latency profiles from one start to the next; None: none is kept
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-
-    def __post_init__(self) -> None:
-        if DEFAULT_TIER not in self.slos:
-            raise ValueError(f"slos: there is no tier {DEFAULT_TIER!r} among {sorted(self.slos)}")
+from services.gpu_worker.model.weights import ModelWeights, load_weights
 
 
 @dataclass(slots=True)
@@ -109,9 +80,9 @@ class Engine:
         self.is_asynchronous = is_asynchronous(config, device, group.size)
         if device.type == "cpu" and config.num_threads:
             torch.set_num_threads(config.num_threads)
-        make = _make_linear(config)
+        make = make_linear(config)
         kernels = choose_kernels(config.kernels, device)
-        dtype = _dtype(config.dtype, device)
+        dtype = dtype_of(config.dtype, device)
         weights = weights or load_weights(config.model_dir, dtype, device, make, group)
         weights = replace(weights, kernels=kernels)
         self.max_model_len = min(config.scheduler.max_model_len, weights.config.max_position)
@@ -483,36 +454,3 @@ class Engine:
 
     def trained_tokens(self, job_id: str) -> int:
         return self.runner.trainers[job_id].trained_tokens
-
-
-def device_of(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16, which both GPUs and CPUs with AVX512-BF16 or AMX compute fast; else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return torch.float32
-
-
-def is_asynchronous(config: EngineConfig, device: torch.device, num_ranks: int) -> bool:
-    """Whether iterations are launched ahead; raises ValueError where the config asks for what cannot be."""
-    if config.async_scheduling and num_ranks > 1:
-        raise ValueError(
-            f"async_scheduling: {num_ranks} ranks that share a model schedule in step with each other, one iteration "
-            "after the other: leave it out or set it to false"
-        )
-    if config.async_scheduling is not None:
-        return config.async_scheduling
-    return device.type == "cuda" and num_ranks == 1
-
-
-def _make_linear(config: EngineConfig) -> MakeLinear:
-    if config.quantise == "none":
-        return DenseLinear
-    return partial(quantise, scheme=config.quantise, group_size=config.int4_group_size)

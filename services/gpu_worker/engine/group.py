@@ -17,7 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from services.gpu_worker.engine.batch import Batch, Timing
-from services.gpu_worker.engine.engine import Engine, EngineConfig
+from services.gpu_worker.engine.config import EngineConfig
+from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.events import StepResult
 from services.gpu_worker.engine.in_flight import InFlight, RunResult
 from services.gpu_worker.finetune.job import FinetuneJob, Window
