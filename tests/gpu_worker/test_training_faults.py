@@ -167,7 +167,7 @@ def test_a_gradient_that_is_not_finite_skips_its_step(folder: Path) -> None:
     step_until(engine, lambda: engine.job("ftjob-1").step == 4)
     assert not torch.equal(masters(engine), before)
     assert torch.isfinite(masters(engine)).all()
-    assert engine.runner.trainers["ftjob-1"].skipped_steps == 0
+    assert engine.runner.trainers["ftjob-1"].steps.num_skipped == 0
 
 
 def test_three_such_steps_in_a_row_fail_the_job_and_nobody_else(folder: Path) -> None:

@@ -191,7 +191,8 @@ class TrainableParameters:
         """
         group = self._base.group
         if group.size == 1:
-            return torch.linalg.vector_norm(self.grad)
+            norm: Tensor = torch.linalg.vector_norm(self.grad)
+            return norm
         places = [p.place for p in self.weights.parameters]
         shared = [place for place in places if self._shards.dim(place) is None]
         for place in shared if group.rank else ():

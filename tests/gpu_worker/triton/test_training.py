@@ -43,7 +43,7 @@ def forward_and_backward(trainer: Trainer, seed: int = 0) -> tuple[float, dict[s
     """Loss and gradients of a step, cut into the same uneven windows."""
     sizes = random.Random(seed)
     advance(trainer, lambda: sizes.randint(5, 11))
-    loss, _ = trainer._total.means()
+    loss, _ = trainer._total.means().read()
     return loss, {str(key): gradient.clone() for key, gradient in trainer.parameters.gradients.items()}
 
 

@@ -37,7 +37,7 @@ def _adamw_kernel(
     """`rest` is what is missing to one, which float32 would not get from a beta near it."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     clip = tl.load(clip_ptr)
-    inside = (place < size) & (clip == clip)
+    inside = place < tl.where(clip == clip, size, 0)
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0) * clip
     exp_avg = tl.load(exp_avg_ptr + place, mask=inside, other=0.0)
     exp_avg += beta1_rest * (grad - exp_avg)
