@@ -30,27 +30,41 @@ def engine_of(folder: Path, device: torch.device, kernels: KernelChoice, **confi
     return engine
 
 
-def serve(engine: Engine) -> dict[str, Output]:
-    """Prompts of several lengths for the base model and three adapters, cut into pieces, while a job trains."""
+def serve(engine: Engine) -> tuple[dict[str, Output], list[float | None]]:
+    """Prompts of several lengths for the base model and three adapters, cut into pieces, while a job trains; the
+    answers, and the job's losses."""
     data = make_dataset([9, 6, 8], engine.model.config.vocab_size)
-    engine.add_job("ftjob-1", JobConfig(batch_size=3, warmup_ratio=0.0, max_steps=2), LORA, data)
+    engine.add_job("ftjob-1", JobConfig(batch_size=3, warmup_ratio=0.0, max_steps=2, n_epochs=2), LORA, data)
     users = [None, "first", "second", None, "scaled", "first"]
     for number, user in enumerate(users):
         prompt = prompt_of(engine, 1 + number * 6, seed=number)
-        engine.add(f"r{number}", prompt, Sampling(max_tokens=4, logprobs=2), adapter=user)
-    return run(engine, *(f"r{number}" for number in range(len(users))))[0]
+        how = Sampling(
+            max_tokens=4,
+            temperature=number % 2 * 0.8,
+            top_p=0.9,
+            seed=number,
+            repetition_penalty=1.5 if number % 3 == 0 else 1.0,
+            logprobs=2,
+        )
+        engine.add(f"r{number}", prompt, how, adapter=user)
+    outputs, events = run(engine, *(f"r{number}" for number in range(len(users))))
+    events += run(engine)[1]
+    return outputs, [event.report.train_loss for event in events if event.report is not None]
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path, device: torch.device) -> dict[str, Output]:
-    return serve(engine_of(folder, device, "torch"))
+def expected(folder: Path, device: torch.device) -> tuple[dict[str, Output], list[float | None]]:
+    return serve(engine_of(folder, device, "torch", async_scheduling=False))
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
 def test_everybody_gets_the_tokens_that_torch_computes(
-    folder: Path, device: torch.device, expected: dict[str, Output]
+    folder: Path, device: torch.device, expected: tuple[dict[str, Output], list[float | None]], ahead: bool
 ) -> None:
-    found = serve(engine_of(folder, device, "triton"))
-    for name, output in expected.items():
+    outputs, losses = expected
+    found, found_losses = serve(engine_of(folder, device, "triton", async_scheduling=ahead))
+    assert found_losses == pytest.approx(losses, abs=1e-4) and len(losses) == 2
+    for name, output in outputs.items():
         assert found[name].tokens == output.tokens
         for ours, theirs in zip(found[name].logprobs, output.logprobs, strict=True):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
