@@ -29,7 +29,7 @@ from benchmarks.gpu.memory import memory
 from benchmarks.gpu.models import random_weights
 from benchmarks.gpu.profiles import profiles
 from benchmarks.gpu.scales import FULL, MODELS, QUICK, TINY, Scale, config_of
-from benchmarks.gpu.serving import decode, prefill
+from benchmarks.gpu.serving import decode, prefill, start
 from benchmarks.gpu.sharing import coserving, temporal
 from benchmarks.gpu.tables import Table
 from benchmarks.gpu.training import finetuning, losses
@@ -39,6 +39,7 @@ from services.gpu_worker.model.config import ModelConfig
 SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "kernels": kernels,
     "ceilings": ceilings,
+    "start": start,
     "decode": decode,
     "prefill": prefill,
     "finetuning": finetuning,

@@ -22,12 +22,14 @@ from services.gpu_worker.kernels import lora as plain_lora
 from services.gpu_worker.kernels import norm_rope as plain_rows
 from services.gpu_worker.kernels import paged_attention as plain_attention
 from services.gpu_worker.kernels import paged_attention_backward as plain_backward
+from services.gpu_worker.kernels import sampling as plain_sampling
 from services.gpu_worker.kernels.adamw import AdamW
 from services.gpu_worker.kernels.bypass import BlockGradient
 from services.gpu_worker.kernels.linear import DenseLinear
 from services.gpu_worker.kernels.lora import LoraRun, LoraRuns
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.kernels.paged_attention import PagedBatch, Run
+from services.gpu_worker.kernels.sampling import SamplingRows
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 TRITON = "services.gpu_worker.kernels.triton"
@@ -135,6 +137,8 @@ def checks(bench: Bench) -> Iterator[Check]:
     yield Check("cross_entropy", f"{rows}, {v} tokens", plain_cross_entropy, "cross_entropy", loss)
     adamw = partial(_adamw, 100 * n)
     yield Check("adamw", str(100 * n), plain_adamw, "adamw", adamw, (torch.float32,))
+    sample = partial(_sample, v)
+    yield Check("sample_tokens", f"32 x {v}", plain_sampling, "sampling", sample, (torch.float32,))
     for other in scale.groups:
         if other != group:
             yield from _attention_checks(n, (config.num_kv_heads, other, e))
@@ -242,3 +246,14 @@ def _adamw(size: int, form: Any, draw: Numbers) -> Outputs:
     masters, grad, first, second = draw(size), draw(size), draw(size), draw(size).square()
     form.adamw_(masters, grad, first, second, AdamW(3, 1e-2, weight_decay=0.1), 0.5)
     return masters, first, second
+
+
+def _sample(v: int, form: Any, draw: Numbers) -> Outputs:
+    """Tokens: either the same, or a large error. Rows are greedy, unfiltered, and with each of the filters."""
+    rows, kinds = (
+        range(32),
+        ((0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.8, 40, 0.9, 0.0), (1.0, 0, 1.0, 0.05)),
+    )
+    filters = [list(column) for column in zip(*(kinds[i % 4] for i in rows), strict=True)]
+    sampling = SamplingRows.make(*filters, list(rows), list(rows), draw.device)  # type: ignore[arg-type]
+    return [form.sample_tokens(draw(32, v, scale=3.0), sampling).double()]

@@ -1,18 +1,20 @@
-"""Where the time of a decode, of a piece of a prompt and of a finetuning iteration goes, kernel by kernel."""
+"""Where the time of a decode and of a finetuning iteration goes, kernel by kernel."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.bench import Bench, Row
-from benchmarks.gpu.serving import Requests
+from benchmarks.gpu.serving import Requests, max_tokens
 
-TOP = 12
-ITERATIONS = 4
+TOP, NAME = 12, 72  # kernels, and letters of their names
+WARM_UP = 4  # iterations
+DECODES, TRAININGS = 4, 8  # iterations that are looked at
 
 
 def profiles(bench: Bench) -> Iterator[Row]:
@@ -26,53 +28,47 @@ def profiles(bench: Bench) -> Iterator[Row]:
 def _decode(bench: Bench, batch: int) -> Iterator[Row]:
     with bench.engine() as engine:
         requests = Requests(engine)
-        requests.add(batch, bench.scale.decode_context // 4, 10_000 if bench.on_gpu else 100)
-        for _ in range(10_000):
+        requests.add(batch, bench.scale.decode_context, max_tokens(bench, batch))
+        full = 0
+        while full < WARM_UP and engine.has_work:
             _, decodes, prompts = requests.step()
-            if decodes == batch and not prompts:
-                break
-        for _ in range(4):
-            requests.step()
-        yield from _rows(bench, f"decode, batch {batch}", requests.step)
+            full += decodes == batch and not prompts
+        yield from _rows(bench, f"decode, batch {batch}", requests.step, DECODES)
 
 
 def _finetuning(bench: Bench) -> Iterator[Row]:
     """Windows of a whole step on average: forward, backward and some of the optimizer."""
     with bench.engine() as engine:
         bench.add_job(engine)
-        for _ in range(2 * ITERATIONS):
+        for _ in range(WARM_UP):
             engine.step()
-        yield from _rows(bench, "finetuning", engine.step)
+        yield from _rows(bench, "finetuning", engine.step, TRAININGS)
 
 
-def _rows(bench: Bench, name: str, step: Callable[[], object]) -> Iterator[Row]:
+def _rows(bench: Bench, name: str, step: Callable[[], object], iterations: int) -> Iterator[Row]:
     activities = [ProfilerActivity.CUDA] if bench.on_gpu else [ProfilerActivity.CPU]
     bench.synchronize()
     with profile(activities=activities) as profiler:
         started = time.perf_counter()
-        for _ in range(ITERATIONS):
+        for _ in range(iterations):
             step()
         bench.synchronize()
-        wall_ms = (time.perf_counter() - started) * 1000 / ITERATIONS
-    found = sorted(profiler.key_averages(), key=lambda event: _self_us(bench, event), reverse=True)
-    total_ms = sum(_self_us(bench, event) for event in found) / 1000 / ITERATIONS
-    yield {
-        "part": name,
-        "kernel": "all",
-        "wall ms": wall_ms,
-        "device ms": total_ms,
-        "share": 1.0,
-        "launches": sum(event.count for event in found) / ITERATIONS,
-    }
-    for event in found[:TOP]:
-        own_ms = _self_us(bench, event) / 1000 / ITERATIONS
+        wall_ms = (time.perf_counter() - started) * 1000 / iterations
+    found = [
+        (event.key[:NAME], _self_us(bench, event) / 1000 / iterations, event.count / iterations)
+        for event in profiler.key_averages()
+    ]
+    found.sort(key=itemgetter(1), reverse=True)
+    total_ms = sum(own_ms for _, own_ms, _ in found)
+    launches = sum(count for _, _, count in found)
+    for kernel, own_ms, count in [("all", total_ms, launches), *found[:TOP]]:
         yield {
             "part": name,
-            "kernel": event.key[:60],
-            "wall ms": None,
+            "kernel": kernel,
+            "wall ms": wall_ms if kernel == "all" else None,
             "device ms": own_ms,
             "share": own_ms / total_ms,
-            "launches": event.count / ITERATIONS,
+            "launches": count,
         }
 
 

@@ -44,15 +44,16 @@ class Scale:
     loss_tokens: int = 256
     budgets_s: dict[str, float] = field(
         default_factory=lambda: {
-            "kernels": 80.0,
+            "kernels": 70.0,
             "ceilings": 8.0,
-            "decode": 35.0,
+            "start": 40.0,
+            "decode": 30.0,
             "prefill": 15.0,
-            "finetuning": 35.0,
-            "coserving": 140.0,
-            "temporal": 50.0,
-            "memory": 50.0,
-            "losses": 35.0,
+            "finetuning": 30.0,
+            "coserving": 130.0,
+            "temporal": 45.0,
+            "memory": 45.0,
+            "losses": 30.0,
             "profile": 25.0,
         }
     )
@@ -75,12 +76,13 @@ QUICK = replace(
     period_rates=(5,),
     loss_steps=20,
     budgets_s={
-        "kernels": 20.0,
+        "kernels": 18.0,
         "ceilings": 4.0,
+        "start": 20.0,
         "decode": 12.0,
         "prefill": 6.0,
         "finetuning": 12.0,
-        "coserving": 30.0,
+        "coserving": 34.0,
         "temporal": 12.0,
         "memory": 12.0,
         "losses": 8.0,

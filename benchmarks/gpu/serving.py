@@ -50,27 +50,43 @@ class Requests:
             self.step()
 
 
+def start(bench: Bench) -> Iterator[Row]:
+    """Of an engine: what has to be compiled and measured takes its time once."""
+    for name in ("the first", "the next"):
+        yield _start(bench, name)
+
+
+def _start(bench: Bench, name: str) -> Row:
+    with bench.engine() as engine:
+        return {"engine": name, "seconds": bench.starts_s[-1], "cached tokens": _cached_tokens(engine)}
+
+
+def _cached_tokens(engine: Engine) -> int:
+    """That there is room for."""
+    return engine.cache.num_blocks * engine.cache.block_size
+
+
 def decode(bench: Bench) -> Iterator[Row]:
     """Floor: the bytes of weights, keys and values over the bandwidth that was measured."""
     with bench.engine() as engine:
-        tokens = engine.cache.num_blocks * engine.cache.block_size
+        tokens = _cached_tokens(engine)
         for batch in bench.scale.decode_batches:
-            most = bench.scale.decode_context + _max_tokens(bench, batch)
+            most = bench.scale.decode_context + max_tokens(bench, batch)
             if batch * most > tokens:
                 print(f"  batch {batch}: {batch * most} tokens do not fit into a cache of {tokens}")
                 continue
             yield _decode(bench, Requests(engine), batch)
 
 
-def _max_tokens(bench: Bench, batch: int) -> int:
-    """So that the first ones still decode when the last prompt has been read."""
+def max_tokens(bench: Bench, batch: int) -> int:
+    """To generate, so that the first ones still decode when the last prompt has been read."""
     reading = math.ceil(batch * bench.scale.decode_context / bench.scale.batched_tokens)
     return reading + batch // 4 + bench.scale.decode_steps + SKIPPED + 8
 
 
 def _decode(bench: Bench, requests: Requests, batch: int) -> Row:
     scale = bench.scale
-    requests.add(batch, scale.decode_context, _max_tokens(bench, batch))
+    requests.add(batch, scale.decode_context, max_tokens(bench, batch))
     times: list[float] = []
     keys = 0
     while len(times) < scale.decode_steps + SKIPPED and requests.engine.has_work:
