@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from benchmarks.gpu.training import finetuning, losses
 from benchmarks.report import RESULTS, machine, save
 from services.gpu_worker.model.config import ModelConfig
 
-SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+SECTIONS: dict[str, Callable[[Bench], Generator[Row]]] = {
     "kernels": kernels,
     "ceilings": ceilings,
     "start": start,

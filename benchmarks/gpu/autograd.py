@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu.models import add_lora, copy_adapters, transformers_model
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.model.adapters import Key
+from services.gpu_worker.model.parameters import Key
 from services.gpu_worker.model.weights import ModelWeights
 
 
@@ -47,7 +47,7 @@ class AutogradLoop:
     def step(self, tokens: Any) -> float:
         """The loss before the step."""
         loss = self.forward(tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.job.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +87,7 @@ class Bench:
         sharing: SharingName = "coserve",
         period: int = 64,
         **options: Any,
-    ) -> Iterator[Engine]:
+    ) -> Generator[Engine]:
         """Nobody may hold an earlier one: the device has no room for two."""
         self.clean()
         started = time.perf_counter()

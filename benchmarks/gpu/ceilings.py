@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 
 from benchmarks.gpu.bench import Bench, Row
 
 
-def ceilings(bench: Bench) -> Iterator[Row]:
+def ceilings(bench: Bench) -> Generator[Row]:
     """Sustained for a second or so, which is slower than a first burst where power is limited."""
     yield from _bandwidths(bench)
     scale, config = bench.scale, bench.weights.config
@@ -22,7 +22,7 @@ def ceilings(bench: Bench) -> Iterator[Row]:
         yield _product(bench, name, rows, inside, outside)
 
 
-def _bandwidths(bench: Bench) -> Iterator[Row]:
+def _bandwidths(bench: Bench) -> Generator[Row]:
     source = torch.empty(bench.scale.copy_bytes, dtype=torch.uint8, device=bench.device).random_(0, 60)
     target, numbers = torch.empty_like(source), source.view(torch.float32)
     copied = _seconds(bench, lambda: target.copy_(source))

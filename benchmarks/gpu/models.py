@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from benchmarks.gpu.scales import TARGETS
-from services.gpu_worker.model.adapters import Key
 from services.gpu_worker.model.config import ModelConfig
+from services.gpu_worker.model.parameters import Key
 from services.gpu_worker.model.peft import projections
 from services.gpu_worker.model.weights import ModelWeights, build_weights
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from operator import itemgetter
 from typing import Any
 
@@ -17,7 +17,7 @@ WARM_UP = 4  # iterations
 DECODES, TRAININGS = 4, 8  # iterations that are looked at
 
 
-def profiles(bench: Bench) -> Iterator[Row]:
+def profiles(bench: Bench) -> Generator[Row]:
     """Milliseconds are of one iteration; `device ms` is the sum of its kernels, so that what it lacks to `wall ms` is
     time in which the device had nothing to do."""
     for batch in (bench.scale.decode_batches[0], bench.scale.decode_batches[-1]):
@@ -25,7 +25,7 @@ def profiles(bench: Bench) -> Iterator[Row]:
     yield from _finetuning(bench)
 
 
-def _decode(bench: Bench, batch: int) -> Iterator[Row]:
+def _decode(bench: Bench, batch: int) -> Generator[Row]:
     with bench.engine() as engine:
         requests = Requests(engine)
         requests.add(batch, bench.scale.decode_context, max_tokens(bench, batch))
@@ -36,7 +36,7 @@ def _decode(bench: Bench, batch: int) -> Iterator[Row]:
         yield from _rows(bench, f"decode, batch {batch}", requests.step, DECODES)
 
 
-def _finetuning(bench: Bench) -> Iterator[Row]:
+def _finetuning(bench: Bench) -> Generator[Row]:
     """Windows of a whole step on average: forward, backward and some of the optimizer."""
     with bench.engine() as engine:
         bench.add_job(engine)
@@ -45,7 +45,7 @@ def _finetuning(bench: Bench) -> Iterator[Row]:
         yield from _rows(bench, "finetuning", engine.step, TRAININGS)
 
 
-def _rows(bench: Bench, name: str, step: Callable[[], object], iterations: int) -> Iterator[Row]:
+def _rows(bench: Bench, name: str, step: Callable[[], object], iterations: int) -> Generator[Row]:
     activities = [ProfilerActivity.CUDA] if bench.on_gpu else [ProfilerActivity.CPU]
     bench.synchronize()
     with profile(activities=activities) as profiler:

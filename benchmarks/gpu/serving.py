@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from benchmarks.gpu.bench import Bench, Row
@@ -50,7 +50,7 @@ class Requests:
             self.step()
 
 
-def start(bench: Bench) -> Iterator[Row]:
+def start(bench: Bench) -> Generator[Row]:
     """Of an engine: what has to be compiled and measured takes its time once."""
     for name in ("the first", "the next"):
         yield _start(bench, name)
@@ -66,7 +66,7 @@ def _cached_tokens(engine: Engine) -> int:
     return engine.cache.num_blocks * engine.cache.block_size
 
 
-def decode(bench: Bench) -> Iterator[Row]:
+def decode(bench: Bench) -> Generator[Row]:
     """Floor: the bytes of weights, keys and values over the bandwidth that was measured."""
     with bench.engine() as engine:
         tokens = _cached_tokens(engine)
@@ -114,7 +114,7 @@ def _decode(bench: Bench, requests: Requests, batch: int) -> Row:
     }
 
 
-def prefill(bench: Bench) -> Iterator[Row]:
+def prefill(bench: Bench) -> Generator[Row]:
     """Ceiling: two FLOPs a parameter and token, at the rate of the best product; attention is not counted."""
     with bench.engine() as engine:
         for length in bench.scale.prompts:

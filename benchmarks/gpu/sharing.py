@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from benchmarks.arrivals import Arrival, arrivals
@@ -17,7 +17,7 @@ AIMS = {(50.0, 5.0): (0.99, 0.85), (50.0, 20.0): (0.99, 0.60)}  # (TPOT, rate): 
 WARM_UP_S = 0.3  # of measuring
 
 
-def coserving(bench: Bench) -> Iterator[Row]:
+def coserving(bench: Bench) -> Generator[Row]:
     """The same requests at every service level; beside it without finetuning."""
     scale = bench.scale
     yield from _runs(bench, "coserve", 0, scale.tpot_ms[0], scale.rates)
@@ -26,7 +26,7 @@ def coserving(bench: Bench) -> Iterator[Row]:
         yield from _runs(bench, "coserve", 0, tpot_ms, scale.rates)
 
 
-def temporal(bench: Bench) -> Iterator[Row]:
+def temporal(bench: Bench) -> Generator[Row]:
     """One whole training sequence after so many iterations of inference."""
     scale = bench.scale
     for period in scale.periods:
@@ -36,7 +36,7 @@ def temporal(bench: Bench) -> Iterator[Row]:
 
 def _runs(
     bench: Bench, sharing: SharingName, period: int, tpot_ms: float, rates: tuple[float, ...]
-) -> Iterator[Row]:
+) -> Generator[Row]:
     slo = SLO(tpot_ms, bench.scale.ttft_ms)
     name = f"{sharing} {period}" if sharing == "temporal" else sharing
     with bench.engine(slo=slo, sharing=sharing, period=period) as engine:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.kernels import Check, Numbers, relative_error, result_of
-from services.gpu_worker.kernels import adamw as plain_adamw
+from benchmarks.gpu.checks import Check, Numbers
+from benchmarks.gpu.kernels import relative_error, result_of, results_of
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (
@@ -95,7 +95,7 @@ def test_every_section_has_figures(section: str, whole: tuple[int, dict[str, Any
 
 def test_what_is_kept_is_what_was_planned(whole: tuple[int, dict[str, Any], str]) -> None:
     rows = whole[1]["sections"]["memory"]["rows"]
-    assert [row["ok"] for row in rows if row["who"].startswith("FlexLLM")] == [True] * 3
+    assert [row["ok"] for row in rows if row["who"].startswith("FlexLLM")] == [True] * 4
 
 
 def test_a_section_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
@@ -117,12 +117,20 @@ def test_every_kernel_is_compared_with_float64(tmp_path: Path) -> None:
     assert all(0 <= row["triton"] < 1e-6 for row in rows)
 
 
-def test_a_kernel_that_cannot_run_or_is_wrong_fails_by_itself() -> None:
-    def double(form: Any, draw: Numbers) -> list[torch.Tensor]:
-        return [draw(4) * (2 if draw.dtype == torch.float32 else 1)]
+def double(form: Any, draw: Numbers) -> list[torch.Tensor]:
+    """Wrong in float32."""
+    return [draw(4) * (2 if draw.dtype == torch.float32 else 1)]
 
+
+def test_other_processes_find_the_same() -> None:
+    check = Check("doubled", "4", "adamw", "adamw", double)
+    tasks = [(check, dtype, torch.device("cpu"), False) for dtype in check.dtypes]
+    assert list(results_of(tasks, 2)) == list(results_of(tasks, 0))
+
+
+def test_a_kernel_that_cannot_run_or_is_wrong_fails_by_itself() -> None:
     for module, problem in (("adamw", "None"), ("absent", "No module named")):
-        check = Check("doubled", "4", plain_adamw, module, double)
+        check = Check("doubled", "4", "adamw", module, double)
         row = result_of(check, torch.float32, torch.device("cpu"), runs=True)
         assert row["ok"] is False
         assert problem in str(row["problem"])
