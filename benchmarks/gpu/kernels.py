@@ -28,13 +28,8 @@ Task = tuple[Check, torch.dtype, torch.device, bool]
 def kernels(bench: Bench) -> Generator[Row]:
     """A kernel that cannot be run at all fails by itself. On a GPU processes share the work: compiling takes most of
     the time, and a kernel that breaks its process leaves this one unharmed."""
-    runs, is_interpreted = _triton_runs(bench.device)
-    tasks = [
-        (check, dtype, bench.device, runs)
-        for check in checks(bench)
-        for dtype in check.dtypes
-        if not (is_interpreted and dtype == torch.bfloat16)  # which the interpreter computes wrong
-    ]
+    runs = _triton_runs(bench.device)
+    tasks = [(check, dtype, bench.device, runs) for check in checks(bench) for dtype in check.dtypes]
     yield from results_of(tasks, _num_workers(bench))
 
 
@@ -57,14 +52,13 @@ def results_of(tasks: Sequence[Task], num_workers: int) -> Generator[Row]:
         pool.shutdown(cancel_futures=True)
 
 
-def _triton_runs(device: torch.device) -> tuple[bool, bool]:
-    """Whether Triton's kernels can run here, and whether they are interpreted."""
+def _triton_runs(device: torch.device) -> bool:
+    """On a GPU, or where all of it is interpreted."""
     if importlib.util.find_spec("triton") is None:
-        return False, False
+        return False
     import triton
 
-    is_interpreted = bool(triton.knobs.runtime.interpret)
-    return is_interpreted or device.type == "cuda", is_interpreted
+    return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
 
 
 def result_of(check: Check, dtype: torch.dtype, device: torch.device, runs: bool) -> Row:
