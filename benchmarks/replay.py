@@ -70,6 +70,9 @@ class Run:
                 time.sleep(0.0005)
                 continue
             result = self.engine.step()
+            for job in result.jobs:
+                if job.error is not None:
+                    raise job.error
             after = time.perf_counter() - started
             self.busy_s += 0.0 if has_ended else result.stats.timing.total_ms / 1000
             for event in result.tokens:

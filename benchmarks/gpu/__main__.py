@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     path = output_path(options, name)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as profiles:
-        bench = make_bench(options.model, scale, dtype, device, Path(profiles))
+        bench = make_bench(options, scale, dtype, device, Path(profiles))
         for section in options.only or SECTIONS:
             results["sections"][section] = run_section(section, bench)
             results |= {"seconds": time.perf_counter() - started, "engine_starts_s": bench.starts_s}
@@ -123,11 +123,13 @@ def verdict(sections: dict[str, dict[str, Any]]) -> int:
     return 1 if broken or wrong else 0
 
 
-def make_bench(model: str, scale: Scale, dtype: torch.dtype, device: torch.device, profiles: Path) -> Bench:
-    config = config_of(model, scale)
+def make_bench(
+    options: argparse.Namespace, scale: Scale, dtype: torch.dtype, device: torch.device, profiles: Path
+) -> Bench:
+    config = config_of(options.model, scale)
     started = time.perf_counter()
     weights = random_weights(ModelConfig.from_hf(config), dtype, device)
-    bench = Bench(config, weights, scale, profiles)
+    bench = Bench(config, weights, scale, profiles, options.kernels)
     bench.synchronize()
     print(f"{weights.size_bytes / 1e9:.3g} GB of weights made in {time.perf_counter() - started:.1f} s")
     return bench
@@ -153,6 +155,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="fewer points, in two minutes")
     size.add_argument("--tiny", action="store_true", help="tiny shapes: shows that it runs, on a CPU too")
+    parser.add_argument(
+        "--kernels", choices=("auto", "triton", "torch"), default="auto", help="of the engine"
+    )
     parser.add_argument("--only", action="append", choices=SECTIONS, help="this section; may be repeated")
     parser.add_argument("--output", help="of the JSON file")
     return parser.parse_args(arguments)

@@ -23,6 +23,7 @@ from services.gpu_worker.engine.sharing import SharingName
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import JobConfig
+from services.gpu_worker.kernels.backend import KernelChoice
 from services.gpu_worker.model.peft import LoraConfig
 from services.gpu_worker.model.weights import ModelWeights
 
@@ -40,6 +41,7 @@ class Bench:
     weights: ModelWeights
     scale: Scale
     profiles: Path  # a folder that all engines share
+    kernels: KernelChoice = "auto"
     found: dict[str, float] = field(
         default_factory=dict
     )  # by earlier sections: rates that others are compared with
@@ -107,6 +109,7 @@ class Bench:
         )
         own: dict[str, Any] = {
             "device": str(self.device),
+            "kernels": self.kernels,
             "lanes": False,
             "slos": {DEFAULT_TIER: slo},
             "kv_cache_bytes": min(self._wanted_cache(), int(CACHE_SHARE * free_bytes(self.device))),

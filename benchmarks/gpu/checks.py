@@ -15,6 +15,7 @@ from services.gpu_worker.kernels.adamw import AdamW
 from services.gpu_worker.kernels.bypass import BlockGradient
 from services.gpu_worker.kernels.linear import DenseLinear
 from services.gpu_worker.kernels.lora import LoraRun, LoraRuns
+from services.gpu_worker.kernels.lora_stream import LoraPairs, LoraStream, StreamRun
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.kernels.paged_attention import PagedBatch, Run, paged_attention
 from services.gpu_worker.kernels.sampling import SamplingRows
@@ -69,6 +70,9 @@ def checks(bench: Bench) -> Iterator[Check]:
     yield Check("rope", f"{n} x 8 x {e}", "norm_rope", "norm_rope", partial(_rope, n, e))
     yield Check("rope_cache_write", f"{n} x 8 x {e}", "kv_cache", "kv_cache", partial(_cache, n, e))
     yield Check("lora", f"{rows}, ranks 8 to 64", "lora", "lora", partial(_lora, n, d))
+    yield Check(
+        "add_low_rank_", f"{rows}, ranks 8 to 64", "lora_stream", "lora_stream", partial(_low_rank, n, d)
+    )
     loss = partial(_loss, n, d, v)
     yield Check("cross_entropy", f"{rows}, {v} tokens", "cross_entropy", "cross_entropy", loss)
     adamw = partial(_adamw, 100 * n)
@@ -169,6 +173,16 @@ def _lora(n: int, d: int, form: Any, draw: Numbers) -> Outputs:
     form.lora_backward_(dx, dy, x, low, own)
     gradients = [(run.grad_a, run.grad_b[0].grad) for run in runs if run.grad_a is not None]
     return low, y, dx, *(tensor for pair in gradients for tensor in pair)
+
+
+def _low_rank(n: int, d: int, form: Any, draw: Numbers) -> Outputs:
+    """Two requests with an adapter each, rows without, and a longer piece with a third adapter."""
+    runs = []
+    for start, end, rank in ((0, 1, 8), (1, 2, 64), (3, n, 16)):
+        pair = draw(rank, d, scale=d**-0.5), draw(d, rank, scale=rank**-0.5)
+        runs.append(StreamRun(start, end, LoraPairs([[pair]])))
+    x, y = draw(n, d), draw(n, d)
+    return [form.add_low_rank_(y, x, LoraStream(tuple(runs), draw.device), 0, 0)]
 
 
 def _loss(n: int, d: int, v: int, form: Any, draw: Numbers) -> Outputs:

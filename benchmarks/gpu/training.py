@@ -102,7 +102,7 @@ def _losses(bench: Bench, dtype: torch.dtype) -> Row:
     scale, (hidden, intermediate, layers, vocabulary) = bench.scale, bench.scale.loss_shape
     config = shape_of(bench.hf_config, hidden, intermediate, layers, vocabulary)
     weights = random_weights(ModelConfig.from_hf(config), dtype, bench.device)
-    small = Bench(config, weights, replace(scale, decode_batches=(8,)), bench.profiles)
+    small = Bench(config, weights, replace(scale, decode_batches=(8,)), bench.profiles, bench.kernels)
     epochs = -(-scale.loss_steps * BATCH // EXAMPLES)
     job = replace(JOB, learning_rate=1e-3, n_epochs=epochs, max_steps=scale.loss_steps, batch_size=BATCH)
     dataset = small.dataset(EXAMPLES, scale.loss_tokens)

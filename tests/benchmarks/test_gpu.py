@@ -114,7 +114,7 @@ def test_every_kernel_is_compared_with_float64(tmp_path: Path) -> None:
     code, found, _ = run(tmp_path / "found.json", "--only", "kernels", TRITON_INTERPRET="1")
     rows = found["sections"]["kernels"]["rows"]
     assert code == 0
-    assert len({row["kernel"] for row in rows}) == 10
+    assert len({row["kernel"] for row in rows}) == 11
     assert all(0 <= row["triton"] < MOST[row["dtype"]] for row in rows)
 
 
