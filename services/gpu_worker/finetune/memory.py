@@ -12,6 +12,7 @@ import torch
 
 from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.finetune.backward import GradientState
+from services.gpu_worker.finetune.host_ring import ring_depth
 from services.gpu_worker.finetune.job import Examples, JobConfig, filled
 from services.gpu_worker.finetune.policies import LayerPolicies, fit, least_bytes_within
 from services.gpu_worker.finetune.sequence_tensors import window_bytes
@@ -29,7 +30,7 @@ class JobMemory:
     trainable: int = 0  # the copy of the parameters that computes
     gradients: int = 0
     optimizer: int = 0  # masters and both moments
-    activations: int = 0  # that wait for the backward
+    activations: int = 0  # that wait for the backward, and on their way to host memory and back
     accumulators: int = 0  # gradients in flight: of the residual stream, of keys and of values
     windows: int = 0  # tokens, labels and masks
     host_activations: int = 0  # in host memory, as all below
@@ -185,9 +186,10 @@ class JobPlanner:
     def _plan(self, policies: LayerPolicies, max_tokens: int, num_host_layers: int) -> JobPlan:
         tokens = self._filled(self._most_trained, max_tokens)
         kept = policies.reserve.layer_bytes(self._dtype)
+        ring = policies.reserve.ring_bytes(self._dtype, num_host_layers, ring_depth(self._num_lanes))
         memory = replace(
             self._parameters,
-            activations=tokens * sum(kept[num_host_layers:]),
+            activations=tokens * (sum(kept[num_host_layers:]) + ring),
             host_activations=tokens * sum(kept[:num_host_layers]),
             accumulators=tokens * GradientState.bytes_per_token(self._model, self._dtype, self._num_lanes),
             windows=window_bytes(

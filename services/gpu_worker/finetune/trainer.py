@@ -11,6 +11,7 @@ from torch import Tensor
 from services.gpu_worker.finetune.activations import ActivationStore
 from services.gpu_worker.finetune.backward import BackwardContext, GradientState
 from services.gpu_worker.finetune.dataset import Dataset
+from services.gpu_worker.finetune.host_ring import ring_depth
 from services.gpu_worker.finetune.job import Examples, FinetuneJob, TrainingSequence, Window
 from services.gpu_worker.finetune.loss import LossSum, Means, window_loss
 from services.gpu_worker.finetune.memory import JobMemory
@@ -141,6 +142,7 @@ class Trainer:
         self._dropout = self._make_dropout(sequence)
         if not sequence.evaluation:
             self._reserve(sequence.num_tokens)
+            self.store.begin(sequence.num_tokens)
 
     def _make_dropout(self, sequence: TrainingSequence) -> Dropout | None:
         config = self.job.config
@@ -155,7 +157,10 @@ class Trainer:
         self._store, self._gradients = None, None  # before larger ones are made: both at once may not fit
         config, dtype = self._model.config, self._model.weights.dtype
         wide, reserve = accumulation_dtype(dtype), self.policies.reserve
-        self._store = ActivationStore(reserve, num_tokens, dtype, wide, self.device, self._num_host_layers)
+        depth = ring_depth(self._num_lanes)
+        self._store = ActivationStore(
+            reserve, num_tokens, dtype, wide, self.device, self._num_host_layers, depth
+        )
         self._gradients = GradientState.zeros(config, num_tokens, dtype, self.device, self._num_lanes)
 
     def tokens(self, window: Window) -> Tensor:
