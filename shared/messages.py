@@ -130,6 +130,9 @@ class WorkerStatus(Message):
     memory_bytes: dict[str, int] = Field(default_factory=dict)  # of the device, by owner
     host_memory_bytes: dict[str, int] = Field(default_factory=dict)  # moved out of the device's memory
     memory_limit_bytes: int = 0  # all that the device has
+    memory_statistics: dict[str, int] = Field(
+        default_factory=dict
+    )  # planned, held; of a GPU's pool what it counts
     training_jobs: tuple[str, ...] = ()
     finetune_tokens_per_s: float = 0.0  # tokens whose forward and backward are done
     inference_tokens_per_s: float = 0.0

@@ -71,6 +71,13 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.memory_statistics = Gauge(
+            "flexllm_memory_statistics_bytes",
+            "Planned for what a worker's device holds, held by tensors; of a GPU's pool allocated, reserved, peak",
+            ["worker", "kind"],
+            registry=self.registry,
+        )
+
         self.attainment = AttainmentCollector()
         self.registry.register(self.attainment)
 
@@ -91,8 +98,11 @@ class Metrics:
         """As the workers reported it; of one that reports no more nothing is left."""
         self.memory_bytes.clear()
         self.memory_limit_bytes.clear()
+        self.memory_statistics.clear()
         for worker in workers:
             self.memory_limit_bytes.labels(worker.worker_id).set(worker.memory_limit_bytes)
+            for kind, num_bytes in worker.memory_statistics.items():
+                self.memory_statistics.labels(worker.worker_id, kind).set(num_bytes)
             for place, owners in (("device", worker.memory_bytes), ("host", worker.host_memory_bytes)):
                 for owner, num_bytes in owners.items():
                     self.memory_bytes.labels(worker.worker_id, place, owner).set(num_bytes)

@@ -154,6 +154,7 @@ class Worker:
                 memory_bytes=memory.device,
                 host_memory_bytes=memory.host,
                 memory_limit_bytes=memory.limit,
+                memory_statistics=memory.statistics,
                 training_jobs=self._training.job_ids,
                 finetune_tokens_per_s=finetune,
                 inference_tokens_per_s=inference,

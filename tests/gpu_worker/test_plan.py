@@ -266,6 +266,26 @@ def test_a_window_holds_at_its_peak_what_a_dry_run_says(folder: Path, name: str)
     assert sum(mask.nbytes for mask in masks) == predicted.sequence.mask_bytes
 
 
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "serial", "parallel", "prefix", "prompt"])
+def test_a_sequence_holds_at_its_peak_what_was_planned(folder: Path, name: str) -> None:
+    """All that is allocated from its first token to its last gradient, beside model, cache and parameters."""
+    planner = make_planner(folder, METHODS[name])
+    predicted, trainer = planner.memory(planner.policies), make_trainer(folder, planner)
+    job = trainer.job
+    with LiveBytes() as live:
+        trainer.begin(job.sequence)
+        while job.phase is Phase.FORWARD:
+            window = job.next_forward(WINDOW)
+            forward(trainer, window)
+            job.complete(window)
+        while job.phase is Phase.BACKWARD:
+            window = job.next_backward(WINDOW)
+            trainer.backward(window)
+            job.complete(window)
+    planned = predicted.activation_bytes + predicted.sequence.total + predicted.window.peak
+    assert live.peak == pytest.approx(planned, rel=0.02)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_take_as_many_bytes_as_planned(tmp_path: Path, architecture: Any, dtype: torch.dtype) -> None:

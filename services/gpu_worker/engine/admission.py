@@ -100,7 +100,12 @@ class Admission:
 
     @property
     def _left(self) -> int:
-        return self.budget - sum(plan.memory.device_bytes for plan in self._plans.values())
+        return self.budget - self.planned_bytes
+
+    @property
+    def planned_bytes(self) -> int:
+        """That jobs may come to hold on the device."""
+        return sum(plan.memory.device_bytes for plan in self._plans.values())
 
     @property
     def can_move(self) -> bool:

@@ -26,7 +26,14 @@ from services.gpu_worker.engine.events import IterationStats, JobEvent, StepResu
 from services.gpu_worker.engine.in_flight import InFlight, RunResult
 from services.gpu_worker.engine.lanes import NUM_LANES, Lanes
 from services.gpu_worker.engine.latency import LatencyModel
-from services.gpu_worker.engine.memory import MemoryAccount, cache_bytes, free_bytes, total_bytes
+from services.gpu_worker.engine.memory import (
+    MemoryAccount,
+    cache_bytes,
+    free_bytes,
+    pool_bytes,
+    restart_peak,
+    total_bytes,
+)
 from services.gpu_worker.engine.memory_watch import MemoryWatch
 from services.gpu_worker.engine.model_runner import ModelRunner
 from services.gpu_worker.engine.profile import extent_of, profile
@@ -114,6 +121,7 @@ class Engine:
         )
         self._jobs: dict[str, FinetuneJob] = {}
         self._launched: deque[_Launched] = deque()  # not settled yet, the oldest first
+        restart_peak(device)  # loading the model and measuring it is over
 
     def _limits(self) -> SchedulerConfig:
         """Of two iterations that are under way at once, an arrival waits for the rest of one and all of the other."""
@@ -309,7 +317,12 @@ class Engine:
             "adapters": self.adapters.size_bytes,
         }
         return MemoryAccount(
-            device | jobs.on_device(), jobs.on_host(), self.admission.budget, total_bytes(self.cache.device)
+            device | jobs.on_device(),
+            jobs.on_host(),
+            self.admission.budget,
+            total_bytes(self.cache.device),
+            sum(device.values()) + self.admission.planned_bytes,
+            pool_bytes(self.cache.device),
         )
 
     # --- requests
