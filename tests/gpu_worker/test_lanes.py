@@ -100,10 +100,12 @@ def test_a_job_learns_the_same_in_two_lanes(folder: Path, name: str) -> None:
     assert watch.lanes_of("backwards") == ({0, 1} if trains_layers else set())
 
 
-def test_one_step_in_two_lanes_has_the_gradient_of_one(folder: Path) -> None:
+@pytest.mark.parametrize("offload", ["never", "always"])
+def test_one_step_in_two_lanes_has_the_gradient_of_one(folder: Path, offload: Any) -> None:
     """Before an optimizer has made much of a last bit."""
     gradients = []
-    for engine in (make_engine(folder, scheduler=SCHEDULER), make_lanes_engine(folder)):
+    lanes = make_lanes_engine(folder, offload_activations=offload)
+    for engine in (make_engine(folder, scheduler=SCHEDULER), lanes):
         add_job(engine, METHODS["lora"])
         trainer = engine.runner.trainers["ftjob-1"]
         found: list[torch.Tensor] = []
