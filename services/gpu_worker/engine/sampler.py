@@ -32,17 +32,18 @@ def uniform(seed: int, position: int) -> float:
 class Drawn:
     """A token for each of some sequences: on the device at once, on the host when it is read."""
 
-    def __init__(self, sequences: list[Sequence], tokens: Tensor, logprobs: dict[int, Tensor]) -> None:
-        """`tokens` int64 [R]; `logprobs` [V] of those rows that give alternatives."""
+    def __init__(
+        self, sequences: list[Sequence], tokens: Tensor, rows: list[int], logprobs: Tensor | None
+    ) -> None:
+        """`tokens` int64 [R]; `logprobs` [n, V] of those `rows` that give alternatives."""
         self.tokens = tokens
         self.row_of = {sequence: row for row, sequence in enumerate(sequences)}
         self._read_tokens = Readback(tokens)
-        self._rows = list(logprobs)
+        self._rows = rows
         self._logprobs: LogprobRows | None = None
-        if logprobs:
-            nums_top = [sequences[row].sampling.logprobs or 0 for row in self._rows]
-            chosen = tokens[to_device(torch.tensor(self._rows), tokens.device)]
-            self._logprobs = LogprobRows(torch.stack(list(logprobs.values())), chosen, nums_top)
+        if logprobs is not None:
+            nums_top = [sequences[row].sampling.logprobs or 0 for row in rows]
+            self._logprobs = LogprobRows(logprobs, tokens[_ids(rows, tokens.device)], nums_top)
 
     def read(self) -> list[Sampled]:
         tokens = self._read_tokens.read().tolist()
@@ -85,8 +86,8 @@ def draw(
 
     `before` has the tokens that are pending; of each sequence none but the last may be.
     """
-    wanted = [r for r, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
-    logprobs = {row: torch.log_softmax(logits[row], -1) for row in wanted}
+    rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
+    logprobs = torch.log_softmax(logits[_ids(rows, logits.device)], -1) if rows else None
     for row, sequence in enumerate(sequences):
         if sequence.sampling.has_penalties:
             logits[row] = penalise(logits[row], sequence, _pending(sequence, before))
@@ -94,7 +95,7 @@ def draw(
         tokens = _choose_by_row(logits, sequences)
     else:
         tokens = sample_tokens(logits.float(), _sampling_rows(sequences, logits.device))
-    return Drawn(sequences, tokens, logprobs)
+    return Drawn(sequences, tokens, rows, logprobs)
 
 
 def _pending(sequence: Sequence, before: Drawn | None) -> Tensor | None:

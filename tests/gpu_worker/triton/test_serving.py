@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from services.gpu_worker.engine.batch import Batch
 from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.in_flight import InFlight
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.kernels.backend import KernelChoice
@@ -68,3 +70,21 @@ def test_everybody_gets_the_tokens_that_torch_computes(
         assert found[name].tokens == output.tokens
         for ours, theirs in zip(found[name].logprobs, output.logprobs, strict=True):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+def test_launches_never_wait_for_a_gpu(folder: Path, device: torch.device) -> None:
+    """What synchronises is refused, but for events, which only reading waits for."""
+    engine = engine_of(folder, device, "triton", async_scheduling=True)
+    launch = engine.runner.launch
+
+    def watched(batch: Batch) -> InFlight:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine.runner.launch = watched  # type: ignore[method-assign]
+    outputs, losses = serve(engine)
+    assert len(losses) == 2 and all(len(output.tokens) == 4 for output in outputs.values())
