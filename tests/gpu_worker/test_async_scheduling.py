@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from services.gpu_worker.engine.batch import Batch
 from services.gpu_worker.engine.config import EngineConfig, is_asynchronous
 from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.events import JobEvent
-from services.gpu_worker.engine.in_flight import InFlight
 from services.gpu_worker.engine.sequence import AIM, LONGEST_GAP, Sampling, Sequence
 from services.gpu_worker.engine.slo import SLO
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.kernels.sampling import sample_tokens
 from services.gpu_worker.model.peft import LoraConfig
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import (
-    METHODS,
     Output,
     generate,
     make_adapter,
@@ -263,60 +256,6 @@ def test_a_job_that_diverges_ends_with_its_error_alone(folder: Path) -> None:
     assert [event.job_id for event in events if event.error is not None] == ["ftjob-1"]
     assert events[-1].error is not None and not any(event.finished for event in events)
     assert outputs["r"].finish == "length" and not engine.has_work
-
-
-# --- what waits for the device
-
-
-WAITS = (  # for its values
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.masked_select.default,
-    torch.ops.aten.equal.default,
-)
-
-
-class NoWaiting(TorchDispatchMode):
-    """Operations whose results' shapes or Python values depend on what a tensor holds are refused."""
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert op not in WAITS, f"{op} waits for the device"
-        if op is torch.ops.aten.index.Tensor:
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), (
-                "a mask's index waits for the device"
-            )
-        return op(*args, **(kwargs or {}))
-
-
-def test_nothing_in_a_launch_waits_for_what_the_device_computes(folder: Path) -> None:
-    """But for updates, which on a CPU know their norm at once. Drawn as on a GPU, by the kernel's twin."""
-    engine = make_timeless_engine(folder, async_scheduling=True)
-    engine.runner._sample_tokens = sample_tokens
-    engine.load_adapter("a" * 64, make_adapter(engine.model.config, METHODS["prefix"]))
-    vocab = engine.model.config.vocab_size
-    for name in ("lora", "prompt", "dora"):
-        engine.add_job(name, replace(JOB, max_steps=2), METHODS[name], make_dataset([20, 9, 31], vocab))
-    how = [
-        Sampling(max_tokens=6, repetition_penalty=2.0, logit_bias=((3, 1.0),), logprobs=2),
-        Sampling(max_tokens=6, temperature=1.0, top_p=0.5, frequency_penalty=1.0, prompt_logprobs=1),
-        Sampling(max_tokens=6),
-    ]
-    names = [f"r{i}" for i in range(len(how))]
-    for i, (name, sampling) in enumerate(zip(names, how, strict=True)):
-        adapter = "a" * 64 if i == 2 else None
-        engine.add(name, prompt_of(engine, 9 + i, seed=i), sampling, adapter=adapter)
-    launch, num_watched = engine.runner.launch, 0
-
-    def watched(batch: Batch) -> InFlight:
-        nonlocal num_watched
-        num_watched += not batch.updates
-        with nullcontext() if batch.updates else NoWaiting():
-            return launch(batch)
-
-    engine.runner.launch = watched  # type: ignore[method-assign]
-    run(engine, *names)
-    run(engine)
-    assert num_watched > 2
 
 
 # --- time
