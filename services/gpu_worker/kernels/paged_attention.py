@@ -6,7 +6,8 @@ form, on any device; `kernels/triton/attention.py` has the same function for GPU
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -99,8 +100,14 @@ class PagedBatch:
 
 def _on_device(numbers: list[int], device: torch.device) -> Tensor:
     """int32; the host does not wait for the transfer."""
-    host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+    host = int32_of(numbers)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
+def int32_of(numbers: Iterable[int]) -> Tensor:
+    """On the host, several times as fast as torch.tensor makes thousands of them."""
+    packed = array("i", numbers)
+    return torch.frombuffer(packed, dtype=torch.int32) if packed else torch.empty(0, dtype=torch.int32)
 
 
 def paged_attention(q_NHE: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch) -> tuple[Tensor, Tensor]:

@@ -103,12 +103,14 @@ def test_rotated_keys_and_values_go_to_their_slots_and_nowhere_else(
     cos, sin = rotation(num_tokens, head_dim, dtype, device)
     cache = torch_cache.KVCache(2, num_blocks, block_size, kv_heads, head_dim, dtype, device)
     slots = cache.slots([5, 5, 0, 2, 2], [2, 3, 0, 3, 1])
+    slots[2 * kv_heads : 3 * kv_heads] = -1  # one token has none
     rotated = ops.rope_cache_write(q, k, v, cos, sin, slots, cache.keys[1], cache.values[1])
     assert_close(rotated, exact_rope(*wide(q, cos, sin)), dtype)
     keys = torch.zeros(num_blocks * kv_heads * block_size, head_dim, dtype=torch.float64, device=device)
     values = keys.clone()
-    keys[slots] = exact_rope(*wide(k, cos, sin)).flatten(0, 1)
-    values[slots] = v.double().flatten(0, 1)
+    written = slots >= 0
+    keys[slots[written]] = exact_rope(*wide(k, cos, sin)).flatten(0, 1)[written]
+    values[slots[written]] = v.double().flatten(0, 1)[written]
     assert_close(cache.keys[1].view_as(keys), keys, dtype)
     assert torch.equal(cache.values[1].view_as(values).double(), values)
     assert not cache.keys[0].any() and not cache.values[0].any()

@@ -7,7 +7,7 @@ compiles without spilling (`python -m benchmarks.compile_kernels`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -164,21 +164,11 @@ class Tiles:
 
 def query_tiles(batch: PagedBatch, group: int, form: Form, runs: list[int]) -> Tiles:
     """Tiles of some of the batch's runs, those with the most keys first."""
-    tiles, merges, num_parts = cut_queries(batch.runs, group, form, runs)
-    both = batch.on_device([i for columns in (*tiles, *merges) for i in columns])
-    cut = len(tiles) * TILE_COLUMNS
-    return Tiles(both[:cut].view(-1, TILE_COLUMNS), both[cut:].view(-1, MERGE_COLUMNS), num_parts)
-
-
-def cut_queries(
-    all_runs: Sequence[Run], group: int, form: Form, runs: Iterable[int]
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], int]:
-    """Rows of `Tiles.tiles` and of `Tiles.merges` for some of the runs, and the number of parts."""
     tiles: list[tuple[int, ...]] = []
     merges: list[tuple[int, ...]] = []
     num_parts = 0
     for index in runs:
-        run = all_runs[index]
+        run = batch.runs[index]
         for token, end in _tokens(run, form.rows // group):
             step = form.part or end
             cuts = [*range(run.first_key, end, step), end]
@@ -190,7 +180,9 @@ def cut_queries(
                 tiles.append((index, token, begin, stop, num_parts))
                 num_parts += 1
     tiles.sort(key=lambda columns: columns[2] - columns[3])
-    return tiles, merges, num_parts
+    both = batch.on_device([i for columns in (*tiles, *merges) for i in columns])
+    cut = len(tiles) * TILE_COLUMNS
+    return Tiles(both[:cut].view(-1, TILE_COLUMNS), both[cut:].view(-1, MERGE_COLUMNS), num_parts)
 
 
 def _tokens(run: Run, step: int) -> Iterator[tuple[int, int]]:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from services.gpu_worker.kernels.lora_stream import LoraStream, StreamRun
-from services.gpu_worker.kernels.paged_attention import RUN_COLUMNS, PagedBatch, Run
+from services.gpu_worker.kernels.paged_attention import RUN_COLUMNS, PagedBatch, Run, int32_of
 from services.gpu_worker.kernels.triton.attention_tiles import (
     MERGE_COLUMNS,
     TILE_COLUMNS,
     Shapes,
     Tiles,
-    cut_queries,
 )
 from services.gpu_worker.kernels.triton.lora_stream import PLAN, StreamTables, tables_of
 from services.gpu_worker.kernels.triton.lora_tables import FEW_RANKS, FEW_ROWS
@@ -160,47 +160,56 @@ class DecodeBuffers:
         runs: Sequence[StreamRun],
     ) -> None:  # fmt: skip
         """Everything that the next forward of this shape reads, in one copy, and one more where adapters change."""
-        spans, size = shape.spans(self._shapes.num_kv_heads), self._shapes.block_size
-        pages = [list(table[: -(-n // size)]) for table, n in zip(block_tables, num_keys, strict=True)]
-        numbers = {
-            "columns": self._columns(shape, num_keys, pages),
-            **self._tiles(shape, num_keys),
-        }
-        flat = [number for name in ("columns", "tiles", "merges") for number in numbers[name]]
-        flat += [block for own in pages for block in own]
-        wide = self._places(shape, num_keys, pages)
-        start = spans["columns"][0]
-        host = torch.empty(start + len(flat), dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        size = self._shapes.block_size
+        pages = [table[: -(-n // size)] for table, n in zip(block_tables, num_keys, strict=True)]
+        counts = torch.tensor([num_keys, [len(own) for own in pages], [own[-1] for own in pages]])
+        keys, lengths, last_blocks = counts
+        wide = self._places(shape, keys, last_blocks)
+        narrow = self._columns(shape, keys, lengths), *self._cut(shape, keys)
+        blocks = int32_of(list(chain.from_iterable(pages)))
+        tables = torch.cat([*(part.flatten().to(torch.int32) for part in narrow), blocks])
+        start = 2 * len(wide)
+        host = torch.empty(start + len(tables), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         host[:start].view(torch.int64).copy_(wide)
-        host[start:].copy_(torch.tensor(flat, dtype=torch.int32))
+        host[start:].copy_(tables)
         self._tables[: len(host)].copy_(host, non_blocking=True)
         self._place_adapters(shape, tuple(runs))
 
-    def _places(self, shape: DecodeShape, num_keys: Sequence[int], pages: list[list[int]]) -> Tensor:
-        """int64: positions, then slots."""
+    def _places(self, shape: DecodeShape, num_keys: Tensor, blocks: Tensor) -> Tensor:
+        """Positions, then slots; `blocks` are those that the rows' own keys go to."""
         heads, size, padding = self._shapes.num_kv_heads, self._shapes.block_size, shape.rows - len(num_keys)
-        last = torch.tensor(num_keys, dtype=torch.int64) - 1
-        blocks = torch.tensor([own[-1] for own in pages], dtype=torch.int64)
+        last = num_keys - 1
         slots = (blocks[:, None] * heads + torch.arange(heads)) * size + (last % size)[:, None]
         return torch.cat(
             [last, last.new_zeros(padding), slots.flatten(), last.new_full((padding * heads,), NO_SLOT)]
         )
 
-    def _columns(self, shape: DecodeShape, num_keys: Sequence[int], pages: list[list[int]]) -> list[int]:
-        flat: list[int] = []
-        start = 0
-        for row, (n, own) in enumerate(zip(num_keys, pages, strict=True)):
-            flat += (row, 1, 0, n, start)
-            start += len(own)
-        return flat + [0] * (RUN_COLUMNS * shape.rows - len(flat))
+    def _columns(self, shape: DecodeShape, num_keys: Tensor, lengths: Tensor) -> Tensor:
+        """Of `PagedBatch`, for runs of one row; `lengths` of the block tables."""
+        columns = torch.zeros(shape.rows, RUN_COLUMNS, dtype=torch.int64)
+        rows, ones = torch.arange(len(num_keys)), torch.ones_like(num_keys)
+        own = rows, ones, ones * 0, num_keys, lengths.cumsum(0) - lengths
+        columns[: len(num_keys)] = torch.stack(own, 1)
+        return columns
 
-    def _tiles(self, shape: DecodeShape, num_keys: Sequence[int]) -> dict[str, list[int]]:
-        runs = [Run(1, n) for n in num_keys]
-        tiles, merges, _ = cut_queries(runs, self._shapes.group, self._form, range(len(runs)))
-        tiles += [NO_TILE] * (shape.tiles - len(tiles))
-        if shape.is_split:
-            merges += [NO_MERGE] * (shape.rows - len(merges))
-        return {"tiles": [i for row in tiles for i in row], "merges": [i for row in merges for i in row]}
+    def _cut(self, shape: DecodeShape, num_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Tiles and merges as `query_tiles` has them, the longest tiles first."""
+        step = self._form.part
+        counts = (num_keys + step - 1) // step
+        rows = torch.arange(len(num_keys)).repeat_interleave(counts)
+        firsts = counts.cumsum(0) - counts
+        begins = (torch.arange(len(rows)) - firsts[rows]) * step
+        ends = torch.minimum(begins + step, num_keys[rows])
+        is_part = counts[rows] > 1
+        parts = torch.where(is_part, is_part.cumsum(0) - 1, -1)
+        own = torch.stack((rows, torch.zeros_like(rows), begins, ends, parts), 1)
+        tiles = torch.tensor(NO_TILE).repeat(shape.tiles, 1)
+        tiles[: len(rows)] = own[(begins - ends).argsort(stable=True)]
+        merges = torch.tensor(NO_MERGE).repeat(shape.rows if shape.is_split else 0, 1)
+        cut = (counts > 1).nonzero()[:, 0]
+        if len(cut):
+            merges[: len(cut)] = torch.stack((cut, cut * 0, parts[firsts[cut]], counts[cut]), 1)
+        return tiles, merges
 
     def _tables_of(self, runs: tuple[StreamRun, ...]) -> StreamTables:
         """On the host; mostly those of the step before."""
