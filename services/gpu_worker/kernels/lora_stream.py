@@ -20,13 +20,16 @@ class LoraPairs:
     """One adapter's pairs, a layer's linears by number; None where it has none. Their memory stays the same."""
 
     def __init__(self, layers: Sequence[Sequence[Pair | None]]) -> None:
-        """Raises ValueError for a pair that is not dense or has no common rank."""
+        """Raises ValueError for a pair that is not dense or has no common rank, or where layers differ in more than
+        their ranks."""
         self.layers = tuple(tuple(pairs) for pairs in layers)
+        self.widths = [self._widths(linear) for linear in range(len(self.layers[0]))]  # in, out
         for pair in self.all:
             if not all(t.is_contiguous() for t in pair) or pair[0].shape[0] != pair[1].shape[1]:
                 raise ValueError(
                     f"A {list(pair[0].shape)} and B {list(pair[1].shape)} are no dense pair of a rank"
                 )
+        self.dtypes = {tensor.dtype for pair in self.all for tensor in pair}
         numbers = [
             (0, 0, 0) if pair is None else (pair[0].data_ptr(), pair[1].data_ptr(), pair[0].shape[0])
             for pairs in self.layers
@@ -35,6 +38,13 @@ class LoraPairs:
         self.addresses = torch.tensor(numbers, dtype=torch.int64).view(
             len(self.layers), -1, 3
         )  # and the rank
+
+    def _widths(self, linear: int) -> tuple[int, int] | None:
+        pairs = [layer[linear] for layer in self.layers]
+        found = {(pair[0].shape[1], pair[1].shape[0]) for pair in pairs if pair is not None}
+        if len(found) > 1:
+            raise ValueError(f"pairs of one linear are of {found}")
+        return found.pop() if found else None
 
     @property
     def all(self) -> list[Pair]:

@@ -68,9 +68,9 @@ def test_each_run_gets_its_own_adapter_in_every_linear(
 def test_pairs_are_never_read_for_rows_that_they_do_not_fit(device: torch.device) -> None:
     draw = Numbers(torch.float32, device)
     stream = make_stream(draw, device)
-    with pytest.raises(UnsupportedShape, match=r"rows 1 to 2 of x torch.float32 \[30, 41\]"):
+    with pytest.raises(UnsupportedShape, match=r"x torch.float32 \[30, 41\] .* for pairs of \(40, 72\)"):
         kernel.add_low_rank_(draw(30, 72), draw(30, 41), stream, 0, 0)
-    with pytest.raises(UnsupportedShape, match=r"rows 23 to 27 .* \[25, 40\]"):
+    with pytest.raises(UnsupportedShape, match=r"\[25, 40\] .* are no 28 rows"):
         kernel.add_low_rank_(draw(25, 72), draw(25, 40), stream, 1, 0)
 
 
@@ -78,3 +78,5 @@ def test_a_pair_without_a_common_rank_is_refused(device: torch.device) -> None:
     draw = Numbers(torch.float32, device)
     with pytest.raises(ValueError, match=r"A \[4, 8\] and B \[8, 3\] are no dense pair"):
         LoraPairs([[(draw(4, 8), draw(8, 3))]])
+    with pytest.raises(ValueError, match="pairs of one linear are of"):
+        LoraPairs([[(draw(4, 8), draw(8, 4))], [(draw(4, 9), draw(8, 4))]])

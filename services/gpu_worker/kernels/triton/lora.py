@@ -96,22 +96,23 @@ def _expand_kernel(
     end = tl.load(tile + 2)
     adapter = adapters_ptr + tl.load(tile) * ADAPTER_COLUMNS
     rank = tl.load(adapter + 2).to(tl.int32)
-    rows = tl.load(tile + 1) + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    low = low_ptr + tl.load(adapter + 4) + (rows - tl.load(adapter + 3))[:, None] * rank
-    dtype = y_ptr.dtype.element_ty
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, rank, RANKS):
-        ranks = start + tl.arange(0, RANKS)
-        inside = (rows < end)[:, None] & (ranks < rank)[None, :]
-        part = tl.load(low + ranks[None, :], mask=inside, other=0.0)
-        inside = (columns < width)[None, :] & (ranks < rank)[:, None]
-        place = _weight(adapter, dtype, ranks[:, None], columns[None, :], rank, width, SIDE, ALIGNED)
-        total += dot(part, tl.load(place, mask=inside, other=0.0))
-    inside = (rows < end)[:, None] & (columns < width)[None, :]
-    place = y_ptr + rows[:, None] * y_stride + columns[None, :]
-    y = tl.load(place, mask=inside, other=0.0).to(tl.float32) + total
-    tl.store(place, y.to(dtype), mask=inside)
+    if (rank > 0) & (tl.load(tile + 1) < end):  # else there is nothing to add
+        rows = tl.load(tile + 1) + tl.arange(0, ROWS)
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        low = low_ptr + tl.load(adapter + 4) + (rows - tl.load(adapter + 3))[:, None] * rank
+        dtype = y_ptr.dtype.element_ty
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, rank, RANKS):
+            ranks = start + tl.arange(0, RANKS)
+            inside = (rows < end)[:, None] & (ranks < rank)[None, :]
+            part = tl.load(low + ranks[None, :], mask=inside, other=0.0)
+            inside = (columns < width)[None, :] & (ranks < rank)[:, None]
+            place = _weight(adapter, dtype, ranks[:, None], columns[None, :], rank, width, SIDE, ALIGNED)
+            total += dot(part, tl.load(place, mask=inside, other=0.0))
+        inside = (rows < end)[:, None] & (columns < width)[None, :]
+        place = y_ptr + rows[:, None] * y_stride + columns[None, :]
+        y = tl.load(place, mask=inside, other=0.0).to(tl.float32) + total
+        tl.store(place, y.to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["blocks_ptr"])

@@ -1,13 +1,13 @@
 """`kernels/lora_stream.py` on a GPU: a linear's low-rank parts in two launches, from tables placed once a step.
 
-All linears share one table of tiles; an adapter that leaves a linear alone has the rank 0 there, which costs its rows
-of the output one pass and changes nothing.
+All linears share one table of tiles; an adapter that leaves a linear alone has the rank 0 there, and its tiles end at
+once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from services.gpu_worker.kernels.triton.lora_tables import (
 )
 from services.gpu_worker.kernels.triton.rows import check_floats
 
+Stream = tuple[tuple[int, int] | None, torch.dtype, int]  # features in and out, type, rows at least
 PLAN = "triton"  # under which a stream keeps its `StreamTables`
 
 
@@ -38,16 +39,16 @@ class StreamTables:
     low_size: int  # of the linear with the largest intermediates
     tile_rows: int
     aligned: bool  # whether all of A and B start at multiples of 16 bytes
+    streams: tuple[
+        Stream, ...
+    ] = ()  # what the pairs of each linear are for; none where that has been checked
 
     def sent(self, device: torch.device) -> StreamTables:
         """The same on the device, in one copy that the host does not wait for."""
         flat = torch.cat([self.tiles.flatten(), self.adapters.flatten()])
         flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
         tiles, adapters = flat.split([self.tiles.numel(), self.adapters.numel()])
-        return StreamTables(
-            tiles.view_as(self.tiles), adapters.view_as(self.adapters), self.max_ranks, self.low_size,
-            self.tile_rows, self.aligned,
-        )  # fmt: skip
+        return replace(self, tiles=tiles.view_as(self.tiles), adapters=adapters.view_as(self.adapters))
 
 
 def tables_of(runs: Sequence[StreamRun], tile_rows: int = 0) -> StreamTables:
@@ -67,7 +68,16 @@ def tables_of(runs: Sequence[StreamRun], tile_rows: int = 0) -> StreamTables:
         int(sizes.sum(-1).max()),
         step,
         bool((addresses[..., :2] % 16 == 0).all()),
+        tuple(_stream_of(runs, linear) for linear in range(addresses.shape[1])),
     )
+
+
+def _stream_of(runs: Sequence[StreamRun], linear: int) -> Stream:
+    widths = {run.pairs.widths[linear] for run in runs} - {None}
+    dtypes = {dtype for run in runs for dtype in run.pairs.dtypes}
+    if len(widths) > 1 or len(dtypes) != 1:
+        raise UnsupportedShape(f"pairs of one linear are of {widths} and {dtypes}")
+    return widths.pop() if widths else None, dtypes.pop(), runs[-1].end
 
 
 def _tile_rows(runs: Sequence[StreamRun]) -> int:
@@ -83,7 +93,7 @@ def add_low_rank_(y: Tensor, x: Tensor, stream: LoraStream, layer: int, linear: 
     max_rank = tables.max_ranks[linear]
     if not max_rank:
         return y
-    x = _checked(y, x, stream, layer, linear)
+    x = _checked(y, x, tables, linear)
     low = x.new_empty(tables.low_size)
     adapters = tables.adapters[layer, linear]
     ranks = FEW_RANKS if max_rank <= FEW_RANKS else MANY_RANKS
@@ -98,20 +108,17 @@ def add_low_rank_(y: Tensor, x: Tensor, stream: LoraStream, layer: int, linear: 
     return y
 
 
-def _checked(y: Tensor, x: Tensor, stream: LoraStream, layer: int, linear: int) -> Tensor:
-    """`x` with dense rows. The kernels read pairs by address alone, so all of them are compared with the rows."""
-    check_floats("x", x)
-    for run in stream.runs:
-        pair = run.pairs.layers[layer][linear]
-        if pair is None:
-            continue
-        a, b = pair
-        expected = (a.shape[1], b.shape[0], a.dtype, b.dtype)
-        if (x.shape[1], y.shape[1], x.dtype, y.dtype) != expected or run.end > min(len(x), len(y)):
-            raise UnsupportedShape(
-                f"rows {run.start} to {run.end} of x {x.dtype} {list(x.shape)} and y {y.dtype} {list(y.shape)} have "
-                f"A {a.dtype} {list(a.shape)} and B {b.dtype} {list(b.shape)}"
-            )
+def _checked(y: Tensor, x: Tensor, tables: StreamTables, linear: int) -> Tensor:
+    """`x` with dense rows. The kernels read pairs by address alone, so the rows must be what these are for."""
     if y.ndim != 2 or y.stride(1) != 1:
         raise UnsupportedShape(f"the rows of y {list(y.shape)} are not dense: they cannot be added to")
+    if tables.streams:
+        check_floats("x", x)
+        widths, dtype, num_rows = tables.streams[linear]
+        own = (x.shape[1], y.shape[1]), x.dtype, y.dtype
+        if own != (widths, dtype, dtype) or min(len(x), len(y)) < num_rows:
+            raise UnsupportedShape(
+                f"x {x.dtype} {list(x.shape)} and y {y.dtype} {list(y.shape)} are no {num_rows} rows of {dtype} "
+                f"for pairs of {widths}"
+            )
     return x if x.stride(1) == 1 else x.contiguous()
