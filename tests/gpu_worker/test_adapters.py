@@ -19,7 +19,8 @@ from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.requests import InvalidRequest
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.model.adapters import AdapterPool, AdapterWeights
+from services.gpu_worker.model.adapter_pool import AdapterPool
+from services.gpu_worker.model.adapters import AdapterWeights
 from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.parameters import parameters
 from services.gpu_worker.model.peft import (

@@ -50,7 +50,7 @@ from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.trainer import Trainer, examples_of
 from services.gpu_worker.kernels.backend import choose_kernels
 from services.gpu_worker.kernels.kv_cache import KVCache
-from services.gpu_worker.model.adapters import AdapterPool
+from services.gpu_worker.model.adapter_pool import AdapterPool
 from services.gpu_worker.model.parallel import ALONE, Group
 from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens
 from services.gpu_worker.model.peft_files import read_peft, write_peft

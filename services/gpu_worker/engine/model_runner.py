@@ -22,7 +22,8 @@ from services.gpu_worker.engine.stream_attention import Stream, attention_of
 from services.gpu_worker.finetune.trainer import Trainer
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.transfer import to_device
-from services.gpu_worker.model.adapters import AdapterPool, AdapterWeights
+from services.gpu_worker.model.adapter_pool import AdapterPool
+from services.gpu_worker.model.adapters import AdapterWeights
 from services.gpu_worker.model.attention import Attention
 from services.gpu_worker.model.context import (
     AdapterRun,

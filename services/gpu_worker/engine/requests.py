@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from services.gpu_worker.engine.sequence import Sampling, Sequence
 from services.gpu_worker.engine.slo import SLO
-from services.gpu_worker.model.adapters import AdapterPool
+from services.gpu_worker.model.adapter_pool import AdapterPool
 from services.gpu_worker.model.transformer import VIRTUAL_TOKEN
 
 

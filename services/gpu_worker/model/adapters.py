@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -270,50 +268,3 @@ class AdapterWeights:
 
 def _pair(bypass: Bypass | None) -> tuple[Tensor, Tensor] | None:
     return None if bypass is None or bypass.a is None or bypass.b is None else (bypass.a, bypass.b)
-
-
-@dataclass(slots=True)
-class _Slot:
-    weights: AdapterWeights
-    pins: int = 0
-
-
-@dataclass(slots=True)
-class AdapterPool:
-    """Adapters by content digest. Pinned ones stay; of the others the least recently used leaves first."""
-
-    capacity: int
-    _slots: OrderedDict[str, _Slot] = field(default_factory=OrderedDict)
-
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._slots
-
-    def __len__(self) -> int:
-        return len(self._slots)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(slot.weights.size_bytes for slot in self._slots.values())
-
-    def can_load(self) -> bool:
-        return len(self._slots) < self.capacity or any(not slot.pins for slot in self._slots.values())
-
-    def load(self, digest: str, weights: AdapterWeights) -> None:
-        """Makes an adapter available; evicts an unpinned one when full. Requires `can_load()`."""
-        if digest in self._slots:
-            self._slots.move_to_end(digest)
-            return
-        if len(self._slots) >= self.capacity:
-            victim = next(d for d, slot in self._slots.items() if not slot.pins)
-            del self._slots[victim]
-        self._slots[digest] = _Slot(weights)
-
-    def get(self, digest: str) -> AdapterWeights:
-        return self._slots[digest].weights
-
-    def pin(self, digest: str) -> None:
-        self._slots[digest].pins += 1
-        self._slots.move_to_end(digest)
-
-    def unpin(self, digest: str) -> None:
-        self._slots[digest].pins -= 1

@@ -12,7 +12,7 @@ from services.gpu_worker.engine.model_runner import ModelRunner
 from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.kernels.backend import choose_kernels
 from services.gpu_worker.kernels.kv_cache import KVCache
-from services.gpu_worker.model.adapters import AdapterPool
+from services.gpu_worker.model.adapter_pool import AdapterPool
 from services.gpu_worker.model.peft import LoraConfig
 from services.gpu_worker.model.peft_files import read_peft
 from services.gpu_worker.model.transformer import Transformer
