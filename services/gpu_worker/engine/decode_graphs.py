@@ -103,9 +103,18 @@ class DecodeGraphs:
         if key not in self._recordings:
             while len(self._recordings) >= MAX_GRAPHS:
                 self._recordings.popitem(last=False)
-            self._recordings[key] = self._record(self._launches(shape, sites))
+            self._recordings[key] = self._guarded_record(shape, sites)
         self._recordings.move_to_end(key)
         return self._recordings[key]
+
+    def _guarded_record(self, shape: DecodeShape, sites: frozenset[str]) -> Callable[[], Tensor]:
+        try:
+            return self._record(self._launches(shape, sites))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"no CUDA graph of a forward over {shape} could be recorded: {error}; FLEXLLM_CUDA_GRAPHS=false is the "
+                "way round"
+            ) from error
 
     def _launches(self, shape: DecodeShape, sites: frozenset[str]) -> Callable[[], Tensor]:
         model, cache, kernels = self._model, self._cache, self._model.weights.kernels

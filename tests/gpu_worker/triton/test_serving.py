@@ -88,3 +88,20 @@ def test_launches_never_wait_for_a_gpu(folder: Path, device: torch.device) -> No
     engine.runner.launch = watched  # type: ignore[method-assign]
     outputs, losses = serve(engine)
     assert len(losses) == 2 and all(len(output.tokens) == 4 for output in outputs.values())
+
+
+def test_recorded_decodes_say_the_same(folder: Path, device: torch.device) -> None:
+    engine = engine_of(folder, device, "triton", cuda_graphs=False)
+
+    def answers(name: str) -> list[list[int]]:
+        names = [f"{name}-{user}" for user in (None, "first", "second")]
+        for user, request_id in zip((None, "first", "second"), names, strict=True):
+            engine.add(request_id, prompt_of(engine, 9, seed=4), Sampling(max_tokens=6), adapter=user)
+        outputs, _ = run(engine, *names)
+        return [outputs[request_id].tokens for request_id in names]
+
+    engine.runner.record_decodes(LIMITS["max_num_seqs"], LIMITS["max_model_len"])
+    recorded = answers("recorded")
+    assert engine.runner.decode_graphs is not None and engine.runner.decode_graphs.num_recorded > 0
+    engine.runner.decode_graphs = None
+    assert answers("launched") == recorded
