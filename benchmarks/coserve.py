@@ -79,7 +79,7 @@ def make_engine(setting: Setting, sharing: SharingName, period: int, lanes: bool
             "cpu",
             setting.dtype,
             setting.threads,
-            lanes,
+            lanes=lanes,
             slos={DEFAULT_TIER: setting.slo},
             kv_cache_bytes=256 << 20,
             finetune_tokens_in_flight=1024,
