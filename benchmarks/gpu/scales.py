@@ -70,23 +70,23 @@ QUICK = replace(
     train_s=2.0,
     rates=(5, 20),
     tpot_ms=(50,),
-    trace_s=5.0,
-    wait_s=3.0,
+    trace_s=4.0,
+    wait_s=2.0,
     periods=(64,),
     period_rates=(5,),
     loss_steps=20,
     budgets_s={
-        "kernels": 18.0,
-        "ceilings": 4.0,
-        "start": 20.0,
-        "decode": 12.0,
-        "prefill": 6.0,
-        "finetuning": 12.0,
-        "coserving": 34.0,
-        "temporal": 12.0,
-        "memory": 12.0,
-        "losses": 8.0,
-        "profile": 8.0,
+        "kernels": 16.0,
+        "ceilings": 3.0,
+        "start": 12.0,
+        "decode": 10.0,
+        "prefill": 4.0,
+        "finetuning": 10.0,
+        "coserving": 32.0,
+        "temporal": 8.0,
+        "memory": 10.0,
+        "losses": 6.0,
+        "profile": 6.0,
     },
 )
 TINY = Scale(
@@ -115,6 +115,7 @@ TINY = Scale(
     loss_steps=4,
     loss_shape=(64, 128, 2, 384),
     loss_tokens=24,
+    budgets_s=dict.fromkeys(FULL.budgets_s, 300.0),  # on a CPU that others use as well
 )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
 
 from benchmarks.arrivals import Arrival, arrivals
 from benchmarks.gpu.bench import Bench, Row
+from benchmarks.gpu.scales import Scale
 from benchmarks.replay import Run
 from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.sharing import SharingName
@@ -55,42 +55,35 @@ def _find_alone(bench: Bench, engine: Engine) -> None:
     bench.found["alone"] = max(bench.found.get("alone", 0.0), run.rate)
 
 
-def requests(bench: Bench, rate: float) -> list[Arrival]:
+def requests(scale: Scale, rate: float) -> list[Arrival]:
     """Bursts and lengths of the trace, thinned to a rate, or played faster."""
     faster = max(1.0, rate / TRACE_RATE)
-    seconds = bench.scale.trace_s
-    found = arrivals(rate / faster, seconds * faster, bench.scale.context)
+    found = arrivals(rate / faster, scale.trace_s * faster, scale.context)
     return [Arrival(one.at_s / faster, one.prompt_tokens, one.output_tokens) for one in found]
 
 
 def measure(bench: Bench, engine: Engine, slo: SLO, rate: float) -> Row:
+    """Where nobody was served in time there are no times to tell."""
     scale, run = bench.scale, Run(engine)
-    run.play(requests(bench, rate), scale.trace_s, scale.wait_s)
-    if not run.requests:
-        raise RuntimeError(f"at {rate:g} requests/s none of {run.num_unfinished} was served in time")
-    return _row(bench, run.report(slo, scale.trace_s), run, slo, rate)
-
-
-def _row(bench: Bench, found: dict[str, Any], run: Run, slo: SLO, rate: float) -> Row:
-    trained, served = found["finetuning_tokens_per_s"], found["inference_tokens_per_s"]
-    kept, taken = bench.ratio(trained, "alone"), bench.ratio(served, "prefill")
-    attained = found["attainment"]["both"]
-    is_ours = run.engine.config.scheduler.sharing == "coserve"
-    aim = AIMS.get((slo.tpot_ms, rate)) if is_ours else None
-    reached = attained >= aim[0] and kept >= aim[1] if aim and kept is not None else None
+    run.play(requests(scale, rate), scale.trace_s, scale.wait_s)
+    served = run.report(slo, scale.trace_s) if run.requests else {}
+    attained = served["attainment"]["both"] if served else 0.0
+    kept = bench.ratio(run.rate, "alone")
+    rest = bench.ratio(served.get("inference_tokens_per_s", 0.0), "prefill")
+    aim = AIMS.get((slo.tpot_ms, rate)) if engine.config.scheduler.sharing == "coserve" else None
     return {
         "req/s": rate,
-        "requests": found["requests"],
+        "requests": len(run.requests) + run.num_unfinished,
         "unfinished": run.num_unfinished,
         "attained": attained,
-        "steady": found["attainment"]["steady"],
-        "TPOT p50": found["tpot_ms"]["p50"],
-        "p99": found["tpot_ms"]["p99"],
-        "TTFT p99": found["ttft_ms"]["p99"],
-        "served tok/s": served,
-        "trained tok/s": trained,
+        "steady": served["attainment"]["steady"] if served else 0.0,
+        "TPOT p50": served["tpot_ms"]["p50"] if served else None,
+        "p99": served["tpot_ms"]["p99"] if served else None,
+        "TTFT p99": served["ttft_ms"]["p99"] if served else None,
+        "served tok/s": served.get("inference_tokens_per_s", 0.0),
+        "trained tok/s": run.rate,
         "kept": kept,
-        "possible": None if taken is None else max(0.0, 1 - taken),
+        "possible": None if rest is None else max(0.0, 1 - rest),
         "aims": " / ".join(f"{part:.0%}" for part in aim) if aim else None,
-        "reached": reached,
+        "reached": attained >= aim[0] and kept >= aim[1] if aim and kept is not None else None,
     }

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu.__main__ import SECTIONS
 from benchmarks.gpu.checks import Check, Numbers
 from benchmarks.gpu.kernels import relative_error, result_of, results_of
+from benchmarks.gpu.scales import FULL, QUICK, TINY, Scale
+from benchmarks.gpu.sharing import requests
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (
@@ -92,6 +95,23 @@ def test_every_section_has_figures(section: str, whole: tuple[int, dict[str, Any
     for row in own["rows"]:
         assert all(row[name] > 0 for name in FIGURES[section] if row[name] is not None), row
         assert any(row[name] is not None for name in FIGURES[section])
+
+
+@pytest.mark.parametrize(("scale", "most_s"), [(FULL, 480), (QUICK, 120)], ids=["full", "quick"])
+def test_sections_have_time_for_themselves_that_adds_up_to_what_is_promised(
+    scale: Scale, most_s: float
+) -> None:
+    assert scale.budgets_s.keys() == SECTIONS.keys()
+    assert sum(scale.budgets_s.values()) <= most_s
+
+
+@pytest.mark.parametrize("scale", [FULL, QUICK, TINY], ids=["full", "quick", "tiny"])
+def test_the_trace_has_requests_for_every_rate(scale: Scale) -> None:
+    for rate in (*scale.rates, *scale.period_rates):
+        found = requests(scale, rate)
+        assert 0.4 < len(found) / (rate * scale.trace_s) < 2
+        assert found[-1].at_s < scale.trace_s
+        assert all(one.prompt_tokens + one.output_tokens <= scale.context for one in found)
 
 
 def test_what_is_kept_is_what_was_planned(whole: tuple[int, dict[str, Any], str]) -> None:
