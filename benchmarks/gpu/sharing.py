@@ -13,6 +13,7 @@ from services.gpu_worker.engine.sharing import SharingName
 from services.gpu_worker.engine.slo import SLO
 
 TRACE_RATE = 3.0  # requests a second that every part of the trace has; faster than that it is played faster
+FEWEST = 10  # requests of a measurement, about
 AIMS = {(50.0, 5.0): (0.99, 0.85), (50.0, 20.0): (0.99, 0.60)}  # (TPOT, rate): attainment, share kept
 WARM_UP_S = 0.3  # of measuring
 
@@ -55,18 +56,23 @@ def _find_alone(bench: Bench, engine: Engine) -> None:
     bench.found["alone"] = max(bench.found.get("alone", 0.0), run.rate)
 
 
+def seconds_of(scale: Scale, rate: float) -> float:
+    """In which requests arrive: longer where they are few."""
+    return max(scale.trace_s, FEWEST / rate)
+
+
 def requests(scale: Scale, rate: float) -> list[Arrival]:
     """Bursts and lengths of the trace, thinned to a rate, or played faster."""
     faster = max(1.0, rate / TRACE_RATE)
-    found = arrivals(rate / faster, scale.trace_s * faster, scale.context)
+    found = arrivals(rate / faster, seconds_of(scale, rate) * faster, scale.context)
     return [Arrival(one.at_s / faster, one.prompt_tokens, one.output_tokens) for one in found]
 
 
 def measure(bench: Bench, engine: Engine, slo: SLO, rate: float) -> Row:
     """Where nobody was served in time there are no times to tell."""
-    scale, run = bench.scale, Run(engine)
-    run.play(requests(scale, rate), scale.trace_s, scale.wait_s)
-    served = run.report(slo, scale.trace_s) if run.requests else {}
+    scale, run, seconds = bench.scale, Run(engine), seconds_of(bench.scale, rate)
+    run.play(requests(scale, rate), seconds, scale.wait_s)
+    served = run.report(slo, seconds) if run.requests else {}
     attained = served["attainment"]["both"] if served else 0.0
     kept = bench.ratio(run.rate, "alone")
     rest = bench.ratio(served.get("inference_tokens_per_s", 0.0), "prefill")
