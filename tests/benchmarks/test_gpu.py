@@ -109,7 +109,7 @@ def test_sections_have_time_for_themselves_that_adds_up_to_what_is_promised(
 def test_the_trace_has_requests_for_every_rate(scale: Scale) -> None:
     for rate in (*scale.rates, *scale.period_rates):
         found, seconds = requests(scale, rate), seconds_of(scale, rate)
-        assert 0.4 < len(found) / (rate * seconds) < 2
+        assert 0.7 < len(found) / (rate * seconds) < 1.4
         assert found[-1].at_s < seconds
         assert all(one.prompt_tokens + one.output_tokens <= scale.context for one in found)
 
