@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from services.gpu_worker.kernels.attention import decode_attention, window_attention
@@ -67,8 +66,9 @@ class GatheredAttention:
     decode: PagedDecode | None = None
 
     def attend(self, q_NHE: Tensor, cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(q_NHE).flatten(1)
-        lse = q_NHE.new_empty(q_NHE.shape[:2], dtype=accumulation_dtype(q_NHE.dtype))
+        n, h, e = q_NHE.shape
+        out = q_NHE.new_empty(n, h * e)
+        lse = q_NHE.new_empty(n, h, dtype=accumulation_dtype(q_NHE.dtype))
         for window in self.windows:
             keys, values = cache.gather(layer, window.pages, 1)
             for part in window.parts:
