@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.kernels.interpreter import PASSED_INTERPRETED
+
 if TYPE_CHECKING:
     import psycopg
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -26,6 +28,14 @@ if TYPE_CHECKING:
     from shared.storage import ObjectStore
 
 database_numbers = itertools.count(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Counts the tests of kernels, of which a process of its own runs each file."""
+    reports = terminalreporter.stats.get("passed", [])
+    counts = [n for report in reports for name, n in report.user_properties if name == PASSED_INTERPRETED]
+    if counts:
+        terminalreporter.write_line(f"{sum(counts)} tests {PASSED_INTERPRETED}, in {len(counts)} files")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ import importlib.util
 
 import torch
 
+PASSED_INTERPRETED = "passed in Triton's interpreter"  # a property of a test that has started such a process
+
 
 def is_interpreted() -> bool:
     if importlib.util.find_spec("triton") is None:
