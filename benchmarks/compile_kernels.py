@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import triton
 import typer
@@ -46,7 +46,8 @@ def configurations() -> Iterator[Configuration]:
 
 def compile_for(configuration: Configuration, capability: int = HOPPER) -> Compiled:
     """Raises what the compiler raises. Needs a process in which TRITON_INTERPRET is not set."""
-    kernel, constants = configuration.kernel, configuration.constants
+    kernel: Any = configuration.kernel  # a JITFunction
+    constants = configuration.constants
     signature = {
         name: "constexpr" if name in constants else configuration.signature[name] for name in kernel.arg_names
     }

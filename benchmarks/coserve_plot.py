@@ -26,8 +26,8 @@ def draw(results: dict[str, Any]) -> Path:
     axes.axvline(results["slo"]["tpot_ms"], color="grey", linestyle="--", linewidth=1)
     alone = max(results["alone"]["finetuning"], results["alone"]["coserving"])
     axes.axhline(alone, color="grey", linestyle=":", linewidth=1)
-    place = {"va": "bottom", "ha": "right", "fontsize": 8, "transform": axes.get_yaxis_transform()}
-    axes.text(0.99, alone, "finetuning alone", **place)
+    within = axes.get_yaxis_transform()
+    axes.text(0.99, alone, "finetuning alone", va="bottom", ha="right", fontsize=8, transform=within)
     axes.set_xscale("log")
     axes.set_xlabel("time per output token, p99 of requests, ms (dashed: the service level)")
     axes.set_ylabel("finetuning, tokens/s")

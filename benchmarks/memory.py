@@ -185,7 +185,8 @@ def checkpointed_bytes(model: Any, tokens: torch.Tensor, task: Task) -> int:
         adapter_dtype=task.variant.adapter_dtype,
         dtype=DTYPES[task.dtype],
     )
-    return held + plain.per_layer
+    kept: int = held + plain.per_layer
+    return kept
 
 
 def observe(step: Callable[[], float]) -> tuple[int, float, float]:

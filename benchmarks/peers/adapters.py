@@ -73,7 +73,7 @@ def mixed_adapters(
 
 def load_peft(folder: Path, dtype: str, paths: list[Path]) -> Any:
     """Adapters in the model's dtype, as ours compute; peft's default of float32 would be slower."""
-    options = {"autocast_adapter_dtype": False}
+    options: dict[str, Any] = {"autocast_adapter_dtype": False}
     first, *others = paths
     model = PeftModel.from_pretrained(
         load_transformers(folder, dtype), first, adapter_name=first.name, **options

@@ -20,7 +20,7 @@ from benchmarks.peers.turns import OURS, Run, best, compared
 from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.finetune.dataset import Dataset, epoch_order
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.model.adapters import Key
+from services.gpu_worker.model.parameters import Key
 from services.gpu_worker.model.peft import LoraConfig
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -32,7 +32,7 @@ DATA = Path(__file__).parents[2] / "data" / "gsm8k" / "train.jsonl"
 
 def load_examples(folder: Path) -> Dataset:
     """GSM8K chats; the answers are what is learnt."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     tokens: list[int] = []
     mask: list[int] = []
     offsets = [0]

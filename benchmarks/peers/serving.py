@@ -46,7 +46,8 @@ def load_transformers(folder: Path, dtype: str) -> Any:
 
 
 def make_prompts(batch: int) -> Prompts:
-    return np.random.default_rng(batch).integers(100, 40000, (batch, PROMPT_TOKENS)).tolist()
+    prompts: Prompts = np.random.default_rng(batch).integers(100, 40000, (batch, PROMPT_TOKENS)).tolist()
+    return prompts
 
 
 def serving(folder: Path, dtype: str, threads: int, rounds: int, vllm: Vllm | None) -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def generate_ours(engine: Engine, prompts: Prompts, adapters: Sequence[str] | No
     """`adapters`: the digest of each prompt's."""
     started = time.perf_counter()
     outputs: dict[str, list[int]] = {f"r{i}": [] for i in range(len(prompts))}
-    wanted = adapters or [None] * len(prompts)
+    wanted: Sequence[str | None] = adapters or [None] * len(prompts)
     for name, prompt, adapter in zip(outputs, prompts, wanted, strict=True):
         sampling = Sampling(max_tokens=NEW_TOKENS)
         engine.add(name, prompt, sampling, adapter=adapter, cache_salt=str(started))
