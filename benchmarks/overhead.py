@@ -122,7 +122,7 @@ def main(
     results: dict[str, Any] = {"model": model.name, "threads": threads, "rounds": rounds, "dtypes": {}}
     for name in dtype or ["bfloat16"]:
         console.print(f"measuring {name} ...")
-        engine = make_engine(model, name, threads)
+        engine = make_engine(model, name, threads, lanes=False)  # the profiler sees one thread's operators
         rows = {f"decode, batch {batch}": decoding(engine, batch, rounds) for batch in (1, 8)}
         rows[f"finetuning, batch {BATCH_SIZE}"] = finetuning(engine, model, rounds)
         results["dtypes"][name] = rows

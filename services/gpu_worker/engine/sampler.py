@@ -94,7 +94,7 @@ def draw(
     if sample_tokens is None:
         tokens = _choose_by_row(logits, sequences)
     else:
-        tokens = sample_tokens(logits.float(), _sampling_rows(sequences, logits.device))
+        tokens = sample_tokens(logits.float(), sampling_rows(sequences, logits.device))
     return Drawn(sequences, tokens, rows, logprobs)
 
 
@@ -107,7 +107,8 @@ def _pending(sequence: Sequence, before: Drawn | None) -> Tensor | None:
     return before.tokens[row : row + 1]
 
 
-def _sampling_rows(sequences: list[Sequence], device: torch.device) -> SamplingRows:
+def sampling_rows(sequences: list[Sequence], device: torch.device) -> SamplingRows:
+    """How each sequence draws its next token, a row each."""
     chosen = [sequence.sampling for sequence in sequences]
     return SamplingRows.make(
         [s.temperature for s in chosen],

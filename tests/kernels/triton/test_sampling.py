@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.engine import sampler
+from services.gpu_worker.engine.sampler import sampling_rows
 from services.gpu_worker.engine.sequence import Sampling, Sequence
 from services.gpu_worker.kernels import sampling as torch_twin
 from services.gpu_worker.kernels.sampling import SamplingRows
@@ -34,19 +35,6 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
-def make_rows(sequences: list[Sequence], device: torch.device) -> SamplingRows:
-    chosen = [sequence.sampling for sequence in sequences]
-    return SamplingRows.make(
-        [s.temperature for s in chosen],
-        [s.top_k for s in chosen],
-        [s.top_p for s in chosen],
-        [s.min_p for s in chosen],
-        [s.seed for s in chosen],
-        [sequence.num_tokens for sequence in sequences],
-        device,
-    )
-
-
 def make_sequences(fields: list[dict[str, Any]], seed: int = 0) -> list[Sequence]:
     """Each with its own seed and length."""
     return [
@@ -66,14 +54,14 @@ def engine_tokens(logits: Tensor, sequences: list[Sequence]) -> list[int]:
 def test_tokens_are_those_of_the_engine(ops: Any, size: int, device: torch.device) -> None:
     sequences = make_sequences(FILTERS)
     logits = Numbers(torch.float32, device)(len(sequences), size, scale=3)
-    found = ops.sample_tokens(logits, make_rows(sequences, device))
+    found = ops.sample_tokens(logits, sampling_rows(sequences, device))
     assert found.tolist() == engine_tokens(logits, sequences)
 
 
 @both
 def test_a_vocabulary_of_one_token_gives_it(ops: Any, device: torch.device) -> None:
     sequences = make_sequences([{}, {"top_k": 2, "top_p": 0.5, "min_p": 0.5}, {"temperature": 0.0}])
-    found = ops.sample_tokens(torch.ones(3, 1, device=device), make_rows(sequences, device))
+    found = ops.sample_tokens(torch.ones(3, 1, device=device), sampling_rows(sequences, device))
     assert found.tolist() == [0, 0, 0]
 
 
@@ -82,7 +70,7 @@ def test_a_vocabulary_of_one_token_gives_it(ops: Any, device: torch.device) -> N
 def test_a_row_of_several_blocks_is_one_row(ops: Any, fields: dict[str, Any], device: torch.device) -> None:
     sequences = make_sequences([fields] * 3)
     logits = Numbers(torch.float32, device).apart(3, 2 * kernels.BLOCK + 5)
-    found = ops.sample_tokens(logits, make_rows(sequences, device))
+    found = ops.sample_tokens(logits, sampling_rows(sequences, device))
     assert found.tolist() == engine_tokens(logits, sequences)
 
 
@@ -94,7 +82,7 @@ def test_rows_with_more_likely_tokens_than_there_is_room_for_are_looked_at_whole
     sequences = make_sequences([{"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 30, "top_p": 0.9}])
     logits = Numbers(torch.float32, device)(len(sequences), 100, scale=3)
     logits[:2, 20:] -= 30  # leaves 20 likely ones
-    found = kernels.sample_tokens(logits, make_rows(sequences, device))
+    found = kernels.sample_tokens(logits, sampling_rows(sequences, device))
     assert found.tolist() == engine_tokens(logits, sequences)
 
 
@@ -103,7 +91,7 @@ def test_seeds_of_all_64_bits_give_the_engines_numbers(ops: Any, device: torch.d
     seeds = [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 0x123456789ABCDEF0]
     sequences = [Sequence("r", [1] * 9, 1, Sampling(temperature=1.0, seed=seed)) for seed in seeds]
     logits = torch.zeros(len(seeds), 1000, device=device)  # the token tells three digits of the number
-    found = ops.sample_tokens(logits, make_rows(sequences, device))
+    found = ops.sample_tokens(logits, sampling_rows(sequences, device))
     assert found.tolist() == [int(1000 * sampler.uniform(seed, 9)) for seed in seeds]
 
 
@@ -120,7 +108,7 @@ def test_equal_logits_are_kept_by_their_number(ops: Any, device: torch.device) -
     logits = torch.zeros(5, 10, device=device)
     for fields, kept in (({"top_k": 3}, 3), ({"top_p": 0.5}, 5), ({"min_p": 1.0}, 10)):
         sequences = make_sequences([fields] * 5)
-        found = ops.sample_tokens(logits, make_rows(sequences, device))
+        found = ops.sample_tokens(logits, sampling_rows(sequences, device))
         expected = [int(kept * sampler.uniform(s.sampling.seed, s.num_tokens)) for s in sequences]
         assert found.tolist() == expected
 
@@ -131,7 +119,7 @@ def test_draws_follow_the_distribution(ops: Any, device: torch.device) -> None:
     count = 200
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5], device=device)
     sequences = [Sequence("r", [1], 1, Sampling(temperature=1.0, seed=seed)) for seed in range(count)]
-    found = ops.sample_tokens(logits.repeat(count, 1), make_rows(sequences, device))
+    found = ops.sample_tokens(logits.repeat(count, 1), sampling_rows(sequences, device))
     expected = logits.double().softmax(-1) * count
     observed = torch.bincount(found, minlength=5)
     assert float(((observed - expected).square() / expected).sum()) < 18.5
@@ -141,8 +129,8 @@ def test_draws_follow_the_distribution(ops: Any, device: torch.device) -> None:
 def test_who_shares_the_batch_changes_nothing(ops: Any, device: torch.device) -> None:
     sequences = make_sequences([{}, {"top_k": 4}, {"temperature": 0.0}, {"min_p": 0.1}])
     logits = Numbers(torch.float32, device)(len(sequences), 50, scale=2)
-    together = ops.sample_tokens(logits, make_rows(sequences, device)).tolist()
-    back = ops.sample_tokens(logits.flip(0), make_rows(sequences[::-1], device)).tolist()
+    together = ops.sample_tokens(logits, sampling_rows(sequences, device)).tolist()
+    back = ops.sample_tokens(logits.flip(0), sampling_rows(sequences[::-1], device)).tolist()
     assert together == back[::-1]
 
 
@@ -151,23 +139,23 @@ def test_tokens_that_a_mask_forbids_are_never_drawn(ops: Any, device: torch.devi
     sequences = make_sequences([{}, {"top_k": 5}, {"top_p": 0.99}, {"min_p": 1e-9}] * 2)
     logits = torch.full((len(sequences), 40), float("-inf"), device=device)
     logits[:, [3, 17]] = 0.0
-    assert set(ops.sample_tokens(logits, make_rows(sequences, device)).tolist()) == {3, 17}
+    assert set(ops.sample_tokens(logits, sampling_rows(sequences, device)).tolist()) == {3, 17}
 
 
 @both
 def test_a_row_that_overflowed_leaves_the_others_alone(ops: Any, device: torch.device) -> None:
     sequences = make_sequences([{}, {"top_p": 0.5}, {}, {"top_k": 2}, {}])
     logits = Numbers(torch.float32, device)(5, 33)
-    expected = ops.sample_tokens(logits, make_rows(sequences, device)).tolist()
+    expected = ops.sample_tokens(logits, sampling_rows(sequences, device)).tolist()
     logits[1, 4], logits[2], logits[3] = float("inf"), float("nan"), float("-inf")
-    found = ops.sample_tokens(logits, make_rows(sequences, device)).tolist()
+    found = ops.sample_tokens(logits, sampling_rows(sequences, device)).tolist()
     assert (found[0], found[4]) == (expected[0], expected[4])
     assert found[1] == 4
     assert all(0 <= token < 33 for token in found)
 
 
 def test_what_the_kernel_cannot_do_is_refused_with_its_shape(device: torch.device) -> None:
-    rows = make_rows(make_sequences([{}, {}]), device)
+    rows = sampling_rows(make_sequences([{}, {}]), device)
     with pytest.raises(UnsupportedShape, match=r"temperature is \[2\] and not \[3\]"):
         kernels.sample_tokens(torch.zeros(3, 4, device=device), rows)
     with pytest.raises(UnsupportedShape, match=r"logits \[2, 4\] are torch.float16 and not float32"):
