@@ -292,7 +292,7 @@ class ModelRunner:
             adapters=runs,
             captures=captures,
         )
-        context.low_rank = low_rank_of(runs, self.model.weights)
+        context.low_rank = low_rank_of(runs, self.model.weights, self.adapters)
         return context
 
     def _attention(self, rows: Rows) -> Attention:

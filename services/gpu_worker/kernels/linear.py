@@ -55,7 +55,7 @@ class DenseLinear(FrozenLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
-        self._packed = _pack(weight)
+        self._packed = packed(weight) if gains_by_packing(weight) else None
         self._is_onednn = weight.device.type == "cpu" and weight.dtype == torch.float32
 
     @property
@@ -77,7 +77,7 @@ class DenseLinear(FrozenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._packed is not None:
-            return _product(x, self._packed, self.bias)
+            return onednn_product(x, self._packed, self.bias)
         return self._multiply(x, self.weight, self.bias)
 
     def forward_rows(self, x: Tensor, rows: int) -> Tensor:
@@ -87,19 +87,22 @@ class DenseLinear(FrozenLinear):
         return self._multiply(dy, self.weight.T, None)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(x, weight, bias) if self._is_onednn else linear(x, weight, bias)
+        return onednn_product(x, weight, bias) if self._is_onednn else linear(x, weight, bias)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` by oneDNN, of a weight in any layout."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 
-def _pack(weight: Tensor) -> Tensor | None:
-    """The weight in oneDNN's layout, or None where that would not help."""
+def gains_by_packing(weight: Tensor) -> bool:
+    """Whether `onednn_product` is faster with the weight in oneDNN's own layout."""
     ready = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if not ready or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return packed
+    return ready and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def packed(weight: Tensor) -> Tensor:
+    """The weight in that layout, for `onednn_product` alone."""
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return reordered

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from services.gpu_worker.model.adapter_stack import AdapterStack, AdapterStacks, can_stack
 from services.gpu_worker.model.adapters import AdapterWeights
 
 
 @dataclass(slots=True)
 class _Slot:
     weights: AdapterWeights
+    is_stackable: bool
     pins: int = 0
 
 
@@ -20,6 +23,7 @@ class AdapterPool:
 
     capacity: int
     _slots: OrderedDict[str, _Slot] = field(default_factory=OrderedDict)
+    _stacks: AdapterStacks = field(default_factory=AdapterStacks)
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._slots
@@ -29,7 +33,7 @@ class AdapterPool:
 
     @property
     def size_bytes(self) -> int:
-        return sum(slot.weights.size_bytes for slot in self._slots.values())
+        return sum(slot.weights.size_bytes for slot in self._slots.values()) + self._stacks.size_bytes
 
     def can_load(self) -> bool:
         return len(self._slots) < self.capacity or any(not slot.pins for slot in self._slots.values())
@@ -41,8 +45,8 @@ class AdapterPool:
             return
         if len(self._slots) >= self.capacity:
             victim = next(d for d, slot in self._slots.items() if not slot.pins)
-            del self._slots[victim]
-        self._slots[digest] = _Slot(weights)
+            self._stacks.forget(self._slots.pop(victim).weights)
+        self._slots[digest] = _Slot(weights, can_stack(weights))
 
     def get(self, digest: str) -> AdapterWeights:
         return self._slots[digest].weights
@@ -53,3 +57,10 @@ class AdapterPool:
 
     def unpin(self, digest: str) -> None:
         self._slots[digest].pins -= 1
+
+    def stack(self, adapters: Iterable[AdapterWeights]) -> AdapterStack | None:
+        """What serves those of a step's adapters that are here and in it; None where one by one is as good."""
+        stackable = {id(slot.weights): slot.weights for slot in self._slots.values() if slot.is_stackable}
+        return self._stacks.serve(
+            [stackable[key] for key in {id(w): w for w in adapters} if key in stackable]
+        )
