@@ -20,6 +20,7 @@ from services.gpu_worker.baseline import LiveBytes
 from services.gpu_worker.compiler.programs import ForwardPrograms
 from services.gpu_worker.finetune.activations import ActivationStore, Reserve
 from services.gpu_worker.finetune.backward import BackwardContext, GradientState
+from services.gpu_worker.finetune.host_ring import CopiesInTurn
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.finetune.optimizer import TrainableParameters
 from services.gpu_worker.finetune.policies import LayerPolicies
@@ -243,7 +244,7 @@ class _WindowRun:
             *(torch.empty(1, heads[0], num_tokens, heads[1], dtype=wide) for _ in range(2)),
         )
         reserve = Reserve(policies.reserve.tensors, (policies.reserve.labels,))
-        self.store = ActivationStore(reserve, num_tokens, self.dtype, wide, CPU)
+        self.store = ActivationStore(reserve, num_tokens, self.dtype, wide, CPU, CopiesInTurn())
 
     def _adapter_run(self, capture: Capture | None) -> AdapterRun:
         weights = self.parameters.weights

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.compiler.programs import KeptTensor
-from services.gpu_worker.finetune import activations
 from services.gpu_worker.finetune.activations import ActivationStore, Reserve
-from services.gpu_worker.finetune.host_ring import ring_depth
+from services.gpu_worker.finetune.host_ring import CopyStream, ring_depth
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.model.peft import BottleneckConfig, LoraConfig
 from tests.builders import make_tiny_model
@@ -96,13 +95,9 @@ class LateDevice:
 Copies = LateCopies | LateDevice
 
 
-def make_store(
-    monkeypatch: pytest.MonkeyPatch, copies: Copies, num_host_layers: int, lanes: int
-) -> ActivationStore:
-    monkeypatch.setattr(activations, "copy_stream", lambda device: copies)
-    reserve = Reserve(TENSORS, LAYERS)
-    sizes = CAPACITY, NARROW, WIDE, CPU, num_host_layers, ring_depth(lanes)
-    return ActivationStore(reserve, *sizes)
+def make_store(copies: Copies, num_host_layers: int, lanes: int) -> ActivationStore:
+    reserve, depth = Reserve(TENSORS, LAYERS), ring_depth(lanes)
+    return ActivationStore(reserve, CAPACITY, NARROW, WIDE, CPU, copies, num_host_layers, depth)
 
 
 def cut(num_tokens: int, rng: random.Random) -> list[slice]:
@@ -158,14 +153,12 @@ class Sequence:
 @pytest.mark.parametrize("num_host_layers", range(NUM_LAYERS + 1))
 @pytest.mark.parametrize("late", ["copies", "device"])
 @pytest.mark.parametrize("moves", [False, True], ids=["stays", "moves"])
-def test_what_is_read_is_what_was_saved(
-    moves: bool, late: str, num_host_layers: int, lanes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_read_is_what_was_saved(moves: bool, late: str, num_host_layers: int, lanes: int) -> None:
     """Sequences of several lengths in windows of many sizes; all layers may move to host memory on the way."""
     for seed in range(6):
         rng = random.Random(seed)
         copies = LateCopies(seed) if late == "copies" else LateDevice()
-        store = make_store(monkeypatch, copies, num_host_layers, lanes)
+        store = make_store(copies, num_host_layers, lanes)
         numbers, moves_at = count(1), rng.randrange(40) if moves else 0
         for num_tokens in (CAPACITY, 17, 25):
             sequence = Sequence(store, copies, num_tokens, rng)
@@ -175,9 +168,9 @@ def test_what_is_read_is_what_was_saved(
         assert store.num_host_layers == (NUM_LAYERS if moves_at else num_host_layers)
 
 
-def test_layers_come_back_once_each_and_one_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_come_back_once_each_and_one_ahead() -> None:
     copies = LateCopies()
-    store = make_store(monkeypatch, copies, NUM_LAYERS, lanes=1)
+    store = make_store(copies, NUM_LAYERS, lanes=1)
     layers = {t.data_ptr(): layer for layer, buffers in enumerate(store._host) for t in buffers.values()}
 
     def came_back(begun: int) -> list[int]:
@@ -195,10 +188,8 @@ def test_layers_come_back_once_each_and_one_ahead(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("num_host_layers", range(NUM_LAYERS + 1))
-def test_what_is_held_is_what_a_plan_counts(
-    num_host_layers: int, lanes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = make_store(monkeypatch, LateCopies(), num_host_layers, lanes)
+def test_what_is_held_is_what_a_plan_counts(num_host_layers: int, lanes: int) -> None:
+    store = make_store(LateCopies(), num_host_layers, lanes)
     reserve, depth = store.reserve, ring_depth(lanes)
     per_layer = reserve.layer_bytes(NARROW)
     ring = reserve.ring_bytes(NARROW, num_host_layers, depth)
@@ -214,7 +205,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", tied=False, num_layers=NUM_LAYERS)
 
 
-def gradient(folder: Path, num_host_layers: int, device: torch.device = CPU) -> Tensor:
+def gradient(
+    folder: Path, num_host_layers: int, device: torch.device = CPU, copies: CopyStream | None = None
+) -> Tensor:
     """Of a step of several sequences."""
     trainer = make_trainer(
         make_transformer(folder, device=device),
@@ -223,6 +216,7 @@ def gradient(folder: Path, num_host_layers: int, device: torch.device = CPU) -> 
         policy=0,
         max_tokens_in_flight=70,
         num_host_layers=num_host_layers,
+        copies=copies,
     )
     rng = random.Random(2)
     advance(trainer, lambda: rng.randint(5, 40))
@@ -231,13 +225,10 @@ def gradient(folder: Path, num_host_layers: int, device: torch.device = CPU) -> 
 
 
 @pytest.mark.parametrize("num_host_layers", range(1, NUM_LAYERS + 1))
-def test_gradients_stay_the_same_to_the_last_bit(
-    folder: Path, num_host_layers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_stay_the_same_to_the_last_bit(folder: Path, num_host_layers: int) -> None:
     expected = gradient(folder, 0)
     assert torch.equal(gradient(folder, num_host_layers), expected)
-    monkeypatch.setattr(activations, "copy_stream", lambda device: LateCopies())
-    assert torch.equal(gradient(folder, num_host_layers), expected)
+    assert torch.equal(gradient(folder, num_host_layers, copies=LateCopies()), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="copies beside the computation need a GPU")
@@ -248,8 +239,7 @@ def test_on_a_gpu_gradients_stay_the_same_to_the_last_bit(folder: Path, num_host
         assert torch.equal(gradient(folder, num_host_layers, torch.device("cuda")), expected)
 
 
-def test_several_jobs_share_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "copy_stream", lambda device: LateCopies())
+def test_several_jobs_share_nothing(folder: Path) -> None:
     methods = {"ftjob-1": LORA, "ftjob-2": BottleneckConfig(8, ("o_proj", "down_proj"), "gelu", 1.0)}
     exports = []
     for offload in ("never", "always"):

@@ -11,6 +11,7 @@ import torch
 
 from services.gpu_worker.compiler.programs import CompiledMethod, ForwardPrograms
 from services.gpu_worker.finetune.dataset import Dataset
+from services.gpu_worker.finetune.host_ring import CopyStream
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase, Window
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.reports import StepReport
@@ -62,6 +63,7 @@ def make_trainer(
     max_tokens_in_flight: int = 256,
     num_host_layers: int = 0,
     layout: Layout = ONE_RANK,
+    copies: CopyStream | None = None,
 ) -> Trainer:
     """`policy` is an index into the method's list; the last keeps least. `layout` is for the model's ranks."""
     config = config or JobConfig(batch_size=len(dataset))
@@ -95,7 +97,7 @@ def make_trainer(
         weights.device,
     )
     policies = LayerPolicies.uniform(compiled, compiled.policies[policy])
-    return Trainer(model, cache, job, dataset, validation, policies, num_host_layers)
+    return Trainer(model, cache, job, dataset, validation, policies, num_host_layers, copies=copies)
 
 
 @cache

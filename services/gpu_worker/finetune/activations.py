@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.compiler.programs import KeptTensor
-from services.gpu_worker.finetune.host_ring import Buffers, HostRing, copy_stream
+from services.gpu_worker.finetune.host_ring import Buffers, CopyStream, HostRing
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class ActivationStore:
         dtype: torch.dtype,
         wide: torch.dtype,
         device: torch.device,
+        copies: CopyStream,
         num_host_layers: int = 0,
         ring_depth: int = 2,
     ) -> None:
@@ -66,7 +67,7 @@ class ActivationStore:
             for layer, labels in enumerate(reserve.layers)
         ]
         self._num_tokens = capacity  # of the sequence in hand
-        self._ring_depth, self._copies = ring_depth, copy_stream(device)
+        self._ring_depth, self._copies = ring_depth, copies
         self._ring = self._make_ring()
 
     def _make(self, kept: KeptTensor, on_host: bool) -> Tensor:

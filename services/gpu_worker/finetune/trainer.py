@@ -11,7 +11,7 @@ from torch import Tensor
 from services.gpu_worker.finetune.activations import ActivationStore
 from services.gpu_worker.finetune.backward import BackwardContext, GradientState
 from services.gpu_worker.finetune.dataset import Dataset
-from services.gpu_worker.finetune.host_ring import ring_depth
+from services.gpu_worker.finetune.host_ring import CopyStream, copy_stream, ring_depth
 from services.gpu_worker.finetune.job import Examples, FinetuneJob, TrainingSequence, Window
 from services.gpu_worker.finetune.loss import LossSum, Means, window_loss
 from services.gpu_worker.finetune.memory import JobMemory
@@ -50,8 +50,12 @@ class Trainer:
         policies: LayerPolicies,
         num_host_layers: int = 0,
         num_lanes: int = 1,
+        copies: CopyStream | None = None,
     ) -> None:
-        """Up to `num_lanes` threads may call `finish_forward` and `backward` at once, as `engine/lanes.py` allows."""
+        """Up to `num_lanes` threads may call `finish_forward` and `backward` at once, as `engine/lanes.py` allows.
+
+        `copies` take activations to host memory; None: as the device does that best.
+        """
         self.job = job
         self.policies = policies
         compiled = policies.compiled
@@ -65,6 +69,7 @@ class Trainer:
         self._training, self._validation = training, validation
         self._restarts = 0  # of the job, when its gradients were last dropped
         self._num_host_layers, self._num_lanes = num_host_layers, num_lanes
+        self._copies = copies or copy_stream(self.device)
         self._store: ActivationStore | None = None
         self._gradients: GradientState | None = None  # as large as the store
         self._total = LossSum()
@@ -157,10 +162,8 @@ class Trainer:
         self._store, self._gradients = None, None  # before larger ones are made: both at once may not fit
         config, dtype = self._model.config, self._model.weights.dtype
         wide, reserve = accumulation_dtype(dtype), self.policies.reserve
-        depth = ring_depth(self._num_lanes)
-        self._store = ActivationStore(
-            reserve, num_tokens, dtype, wide, self.device, self._num_host_layers, depth
-        )
+        host = self._copies, self._num_host_layers, ring_depth(self._num_lanes)
+        self._store = ActivationStore(reserve, num_tokens, dtype, wide, self.device, *host)
         self._gradients = GradientState.zeros(config, num_tokens, dtype, self.device, self._num_lanes)
 
     def tokens(self, window: Window) -> Tensor:
