@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from benchmarks.gpu.bench import Bench
 from services.gpu_worker.kernels.adamw import AdamW
 from services.gpu_worker.kernels.bypass import BlockGradient
 from services.gpu_worker.kernels.linear import DenseLinear
-from services.gpu_worker.kernels.lora import LoraRun, LoraRuns
 from services.gpu_worker.kernels.lora_stream import LoraPairs, LoraStream, StreamRun
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.kernels.paged_attention import PagedBatch, Run, paged_attention
@@ -69,7 +69,13 @@ def checks(bench: Bench) -> Iterator[Check]:
     yield from _attention_checks(n, (config.num_kv_heads, group, e))
     yield Check("rope", f"{n} x 8 x {e}", "norm_rope", "norm_rope", partial(_rope, n, e))
     yield Check("rope_cache_write", f"{n} x 8 x {e}", "kv_cache", "kv_cache", partial(_cache, n, e))
-    yield Check("lora", f"{rows}, ranks 8 to 64", "lora", "lora", partial(_lora, n, d))
+    yield Check(
+        "accumulate_low_rank",
+        f"{rows}, rank 3 x 16",
+        "bypass",
+        "lora_gradient",
+        partial(_lora_gradient, n, d),
+    )
     yield Check(
         "add_low_rank_", f"{rows}, ranks 8 to 64", "lora_stream", "lora_stream", partial(_low_rank, n, d)
     )
@@ -158,21 +164,17 @@ def _attend_backward(n: int, heads: Heads, form: Any, draw: Numbers) -> Outputs:
     return form.paged_attention_backward(d_out, q, keys, values, out, lse, batch, dk, dv), dk, dv
 
 
-def _lora(n: int, d: int, form: Any, draw: Numbers) -> Outputs:
-    """Runs of one row and of many, forward and backward."""
-    ends = sorted({1, 2, n // 3, n // 2, n - 1})
-    runs, start = [], 0
-    for end, rank in zip(ends, (8, 16, 64, 16, 8), strict=False):
-        a, b = draw(rank, d, scale=d**-0.5), draw(d, rank, scale=rank**-0.5)
-        block = BlockGradient(slice(0, d), slice(0, rank), 2.0, draw.zeros(d, rank))
-        runs.append(LoraRun(start, end, a, b, draw.zeros(rank, d), (block,)))
-        start = end
-    own, x, y, dy, dx = LoraRuns(runs), draw(n, d), draw(n, d), draw(n, d), draw(n, d)
-    low = form.lora_shrink(x, own)
-    form.lora_expand_(y, low, own)
-    form.lora_backward_(dx, dy, x, low, own)
-    gradients = [(run.grad_a, run.grad_b[0].grad) for run in runs if run.grad_a is not None]
-    return low, y, dx, *(tensor for pair in gradients for tensor in pair)
+def _lora_gradient(n: int, d: int, form: Any, draw: Numbers) -> Outputs:
+    """Of a linear that computes three projections of different widths."""
+    rank, ends = 16, (0, d, d + d // 4, d + d // 2)
+    x, dy, low, d_low = draw(n, d), draw(n, ends[-1]), draw(n, 3 * rank), draw(n, 3 * rank)
+    grad_a = draw.zeros(3 * rank, d)
+    blocks = tuple(
+        BlockGradient(slice(a, b), slice(i * rank, (i + 1) * rank), 2.0, draw.zeros(b - a, rank))
+        for i, (a, b) in enumerate(pairwise(ends))
+    )
+    form.accumulate_low_rank(grad_a, blocks, d_low, x, dy, low)
+    return grad_a, *(block.grad for block in blocks)
 
 
 def _low_rank(n: int, d: int, form: Any, draw: Numbers) -> Outputs:

@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from services.gpu_worker.compiler.emit import compile_graph
-from services.gpu_worker.compiler.fuse import fuse
-from services.gpu_worker.compiler.programs import ForwardPrograms
+from services.gpu_worker.compiler.emit import compile_graph, emit_backward
+from services.gpu_worker.compiler.fuse import fuse_backward, fuse_forward
+from services.gpu_worker.compiler.programs import CompiledMethod, ForwardPrograms
 from services.gpu_worker.kernels.attention import causal_mask
 from services.gpu_worker.kernels.backend import TORCH
+from services.gpu_worker.kernels.bypass import accumulate_blocks, accumulate_low_rank, accumulate_product
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.norm_rope import add_rms_norm, rms_norm
 from services.gpu_worker.model import layer
 from services.gpu_worker.model.attention import GatheredAttention, PagedWindow, WindowPart
 from services.gpu_worker.model.context import Capture, ForwardContext, LayerProgram
+from services.gpu_worker.model.peft import LoraConfig
 from services.gpu_worker.model.transformer import Transformer
 from tests.builders import make_tiny_model
 from tests.gpu_worker.training import make_transformer
@@ -71,7 +73,7 @@ def forward(model: Transformer, program: LayerProgram) -> tuple[torch.Tensor, to
 def test_a_fused_program_computes_and_keeps_the_same(model: Transformer) -> None:
     labels = ("x", "q_rotated", "x2", "h2", "gate")
     plain, fused = graph_of(model, *labels), graph_of(model, *labels)
-    fuse(fused)
+    fuse_forward(fused)
     found = targets(fused)
     assert layer.rotate_cache_write in found and add_rms_norm in found
     assert not {layer.rotate, layer.cache_write} & set(found)
@@ -87,6 +89,30 @@ def test_a_fused_program_computes_and_keeps_the_same(model: Transformer) -> None
 def test_keys_that_somebody_else_reads_stay_apart(model: Transformer, kept: tuple[str, ...]) -> None:
     """Those that are kept, and those among which prefix tuning puts its own."""
     graph = graph_of(model, *kept, sites=frozenset() if kept else frozenset({"prefix"}))
-    fuse(graph)
+    fuse_forward(graph)
     found = targets(graph)
     assert layer.rotate_cache_write not in found and layer.cache_write in found
+
+
+# --- backward
+
+
+def backward_graph(model: Transformer, method: LoraConfig, dropout: bool) -> Graph:
+    compiled = CompiledMethod(
+        model.config, method, dtype=torch.float32, sequence_length=NUM_TOKENS, dropout=dropout
+    )
+    return emit_backward(compiled.joint, compiled._nodes(compiled.joint, compiled.policies[-1]))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("method_targets", [("q_proj", "v_proj", "down_proj"), ("gate_proj",)])
+def test_each_linears_gradients_are_one_operation(
+    model: Transformer, method_targets: tuple[str, ...], dropout: bool
+) -> None:
+    method = LoraConfig(4, 8.0, method_targets)
+    plain, fused = (backward_graph(model, method, dropout) for _ in range(2))
+    fuse_backward(fused)
+    found, num_linears = targets(fused), targets(plain).count(accumulate_blocks)
+    assert found.count(accumulate_low_rank) == num_linears == (2 if "q_proj" in method_targets else 1)
+    assert not {accumulate_blocks, accumulate_product} & set(found)
+    fused.lint()

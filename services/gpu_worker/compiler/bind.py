@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.fx import Graph
 
-from services.gpu_worker.kernels import norm_rope
+from services.gpu_worker.kernels import bypass, norm_rope
 from services.gpu_worker.kernels.backend import Kernels
 from services.gpu_worker.model import layer, layer_backward
 
@@ -32,6 +32,7 @@ def _forms(kernels: Kernels) -> dict[Callable[..., Any], Callable[..., Any]]:
         norm_rope.rms_norm_backward: kernels.rms_norm_backward,
         norm_rope.silu_mul: kernels.silu_mul,
         norm_rope.silu_mul_backward: kernels.silu_mul_backward,
+        bypass.accumulate_low_rank: kernels.accumulate_low_rank,
         layer.head_norm: layer.head_norm_by(kernels.rms_norm),
         layer.rotate: layer.rotate_by(kernels.rope),
         layer.rotate_cache_write: layer.rotate_cache_write_by(kernels.rope_cache_write),

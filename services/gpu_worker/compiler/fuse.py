@@ -1,4 +1,4 @@
-"""Neighbouring operations of a forward program that one kernel computes in one pass over memory.
+"""Operations of a program that one kernel computes in one launch, forward or backward.
 
 Only programs for kernels that have such forms are rewritten, after everything has been decided on the graph.
 """
@@ -10,11 +10,12 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from services.gpu_worker.kernels.bypass import accumulate_blocks, accumulate_low_rank, accumulate_product
 from services.gpu_worker.kernels.norm_rope import add_rms_norm, rms_norm
 from services.gpu_worker.model import layer
 
 
-def fuse(graph: Graph) -> None:
+def fuse_forward(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.target is layer.cache_write:
             _fuse_rotation(graph, node)
@@ -61,6 +62,29 @@ def _fuse_sum(graph: Graph, norm: Node) -> None:
         node.replace_all_uses_with(part)
     for node in (norm, total):
         graph.erase_node(node)
+
+
+def fuse_backward(graph: Graph) -> None:
+    """The gradients of a linear's A and B, which read nothing that is not there where the later of them stands."""
+    sums: dict[str, dict[object, Node]] = {}  # by the linear, then by which of the two
+    for node in graph.nodes:
+        if node.target in (accumulate_product, accumulate_blocks):
+            sums.setdefault(_linear_of(node), {})[node.target] = node
+    for pair in sums.values():
+        of_a, of_b = pair[accumulate_product], pair[accumulate_blocks]
+        later = of_b if _precedes(graph, of_a, of_b) else of_a
+        with graph.inserting_after(later):
+            graph.call_function(
+                accumulate_low_rank, (of_a.args[0], of_b.args[0], *of_a.args[1:], *of_b.args[1:])
+            )
+        for node in (of_a, of_b):
+            graph.erase_node(node)
+
+
+def _linear_of(accumulate: Node) -> str:
+    """The fused linear whose accumulator, `g["<linear>.a"]` or b, comes first."""
+    accumulator: Any = accumulate.args[0]
+    return str(accumulator.args[1]).rpartition(".")[0]
 
 
 def _precedes(graph: Graph, node: object, later: Node) -> bool:

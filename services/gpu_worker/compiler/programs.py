@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from services.gpu_worker.compiler.emit import Program, compile_graph, emit_backward
 from services.gpu_worker.compiler.flops import backward_flops
-from services.gpu_worker.compiler.fuse import fuse
+from services.gpu_worker.compiler.fuse import fuse_backward, fuse_forward
 from services.gpu_worker.compiler.rematerialize import ALWAYS_KEPT, Policy, loads, policies
 from services.gpu_worker.compiler.reverse import JointGraph, differentiate
 from services.gpu_worker.compiler.shard import trace_rank
@@ -46,7 +46,7 @@ class ForwardPrograms:
             if key not in self._programs:
                 graph = self.graph(sites, kept)
                 if self._kernels.is_triton:
-                    fuse(graph)
+                    fuse_forward(graph)
                 self._programs[key] = compile_graph(graph, self._kernels)
             return self._programs[key]
 
@@ -178,6 +178,8 @@ class CompiledMethod:
         if key not in self._programs:
             joint = self._joint_of(bottom)
             graph = emit_backward(joint, self._nodes(joint, policy))
+            if self._kernels.is_triton:
+                fuse_backward(graph)
             self._programs[key] = compile_graph(graph, self._kernels)
         return self._programs[key]
 

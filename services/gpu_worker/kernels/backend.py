@@ -16,6 +16,7 @@ from torch import Tensor
 
 from services.gpu_worker.kernels import (
     adamw,
+    bypass,
     cross_entropy,
     kv_cache,
     lora_stream,
@@ -55,6 +56,7 @@ class Kernels:
     paged_attention: Callable[[Tensor, Tensor, Tensor, paged_attention.PagedBatch], tuple[Tensor, Tensor]]
     paged_attention_backward: Callable[..., Tensor]
     add_low_rank_: Callable[[Tensor, Tensor, lora_stream.LoraStream, int, int], Tensor]
+    accumulate_low_rank: Callable[..., None]
     sample_tokens: Callable[[Tensor, sampling.SamplingRows], Tensor]
 
     @property
@@ -77,6 +79,7 @@ TORCH = Kernels(
     paged_attention.paged_attention,
     paged_attention_backward.paged_attention_backward,
     lora_stream.add_low_rank_,
+    bypass.accumulate_low_rank,
     sampling.sample_tokens,
 )
 
@@ -104,7 +107,7 @@ def choose_kernels(choice: KernelChoice, device: torch.device) -> Kernels:
 
 @functools.cache
 def _triton_kernels() -> Kernels:
-    from services.gpu_worker.kernels.triton import activation, attention, attention_backward
+    from services.gpu_worker.kernels.triton import activation, attention, attention_backward, lora_gradient
     from services.gpu_worker.kernels.triton import adamw as fused_adamw
     from services.gpu_worker.kernels.triton import cross_entropy as fused_cross_entropy
     from services.gpu_worker.kernels.triton import kv_cache as fused_cache
@@ -127,6 +130,7 @@ def _triton_kernels() -> Kernels:
         _explained(attention.paged_attention),
         _explained(attention_backward.paged_attention_backward),
         _explained(fused_lora.add_low_rank_),
+        _explained(lora_gradient.accumulate_low_rank),
         _explained(fused_sampling.sample_tokens),
     )
 

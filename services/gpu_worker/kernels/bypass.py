@@ -205,6 +205,17 @@ def accumulate_blocks(blocks: tuple[BlockGradient, ...], dy: Tensor, low: Tensor
         block.grad.add_(dy[:, block.out].T @ low[:, block.rank], alpha=block.scale)
 
 
+def accumulate_low_rank(
+    grad_a: Tensor, grad_b: tuple[BlockGradient, ...], d_low: Tensor, x: Tensor, dy: Tensor, low: Tensor
+) -> None:
+    """Both gradients of a low-rank part of `x` [N, in], whose intermediate `low` [N, R] has the gradient `d_low`.
+
+    Twin for GPUs: `kernels/triton/lora_gradient.py`.
+    """
+    accumulate_product(grad_a, d_low, x)
+    accumulate_blocks(grad_b, dy, low)
+
+
 @dataclass(frozen=True, slots=True)
 class ScaledGradient:
     """Accumulator of a parameter that is computed with as `scale` times its value."""

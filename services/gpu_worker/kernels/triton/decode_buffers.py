@@ -21,9 +21,8 @@ from services.gpu_worker.kernels.triton.attention_tiles import (
     Shapes,
     Tiles,
 )
-from services.gpu_worker.kernels.triton.lora_stream import PLAN, StreamTables, tables_of
-from services.gpu_worker.kernels.triton.lora_tables import FEW_RANKS, FEW_ROWS
-from services.gpu_worker.kernels.triton.lora_tables import TILE_COLUMNS as LORA_TILE_COLUMNS
+from services.gpu_worker.kernels.triton.lora_stream import FEW_RANKS, FEW_ROWS, PLAN, StreamTables, tables_of
+from services.gpu_worker.kernels.triton.lora_stream import TILE_COLUMNS as LORA_TILE_COLUMNS
 
 NO_SLOT = -1
 NO_TILE = (0, 1, 0, 0, -1)  # a decode has no token 1, and there are no keys from 0 to 0

@@ -1,7 +1,8 @@
 """`kernels/lora_stream.py` on a GPU: a linear's low-rank parts in two launches, from tables placed once a step.
 
-All linears share one table of tiles; an adapter that leaves a linear alone has the rank 0 there, and its tiles end at
-once.
+Adapters stay where they are: a table of addresses says where. A program does a tile of rows of one run, and as many of
+its ranks as the run has, so mixed ranks cost what they are; tiles are padded in registers alone. All linears share one
+table of tiles; an adapter that leaves a linear alone has the rank 0 there, and its tiles end at once.
 """
 
 from __future__ import annotations
@@ -11,22 +12,106 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from services.gpu_worker.kernels.lora_stream import LoraStream, StreamRun
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
-from services.gpu_worker.kernels.triton.lora import WIDTH_TILE, A, B, _expand_kernel, _shrink_kernel
-from services.gpu_worker.kernels.triton.lora_tables import (
-    FEW_RANKS,
-    FEW_ROWS,
-    MANY_RANKS,
-    MANY_ROWS,
-    TILE_COLUMNS,
-)
+from services.gpu_worker.kernels.triton.common import Configuration, UnsupportedShape, dot
+from services.gpu_worker.kernels.triton.configure import configure
 from services.gpu_worker.kernels.triton.rows import check_floats
 
-Stream = tuple[tuple[int, int] | None, torch.dtype, int]  # features in and out, type, rows at least
+FEW_ROWS, MANY_ROWS = 16, 64  # of a tile, by the runs' mean length
+FEW_RANKS, MANY_RANKS = 16, 32  # of a tile, by the largest
+WIDTH_TILE = 128  # features that a program multiplies or writes at a time
+TILE_COLUMNS = 3  # run, first row, end
+ADAPTER_COLUMNS = 5  # addresses of A and B, rank, first row, start in the flat intermediates `low`
+OF_TILE, OF_ADAPTER = tl.constexpr(TILE_COLUMNS), tl.constexpr(ADAPTER_COLUMNS)
 PLAN = "triton"  # under which a stream keeps its `StreamTables`
+Stream = tuple[tuple[int, int] | None, torch.dtype, int]  # features in and out, type, rows at least
+
+
+@triton.jit
+def _weight(address, dtype, ALIGNED: tl.constexpr):
+    """Where an A [rank, width] or a B [width, rank] begins, whose address a table holds."""
+    base = tl.load(address).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+    return base
+
+
+@triton.jit(do_not_specialize=["tiles_ptr", "adapters_ptr"])
+def _shrink_kernel(
+    x_ptr,
+    low_ptr,
+    tiles_ptr,
+    adapters_ptr,
+    x_stride,
+    width,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """low = x A^T: a tile of rows and `RANKS` ranks a program."""
+    tile = tiles_ptr + tl.program_id(0) * OF_TILE
+    end = tl.load(tile + 2)
+    adapter = adapters_ptr + tl.load(tile) * OF_ADAPTER
+    rank = tl.load(adapter + 2).to(tl.int32)
+    first_rank = tl.program_id(1) * RANKS
+    if first_rank < rank:
+        rows = tl.load(tile + 1) + tl.arange(0, ROWS)
+        ranks = first_rank + tl.arange(0, RANKS)
+        a = _weight(adapter, x_ptr.dtype.element_ty, ALIGNED)
+        total = tl.zeros((ROWS, RANKS), tl.float32)
+        for start in range(0, width, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            inside = (rows < end)[:, None] & (columns < width)[None, :]
+            x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0)
+            inside = (columns < width)[:, None] & (ranks < rank)[None, :]
+            place = a + ranks[None, :] * width + columns[:, None]
+            total += dot(x, tl.load(place, mask=inside, other=0.0))
+        low = low_ptr + tl.load(adapter + 4) + (rows - tl.load(adapter + 3))[:, None] * rank + ranks[None, :]
+        tl.store(
+            low, total.to(low_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (ranks < rank)[None, :]
+        )
+
+
+@triton.jit(do_not_specialize=["tiles_ptr", "adapters_ptr"])
+def _expand_kernel(
+    y_ptr,
+    low_ptr,
+    tiles_ptr,
+    adapters_ptr,
+    y_stride,
+    width,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """y += low B^T: a tile of rows and `COLUMNS` features a program."""
+    tile = tiles_ptr + tl.program_id(0) * OF_TILE
+    end = tl.load(tile + 2)
+    adapter = adapters_ptr + tl.load(tile) * OF_ADAPTER
+    rank = tl.load(adapter + 2).to(tl.int32)
+    if (rank > 0) & (tl.load(tile + 1) < end):  # else there is nothing to add
+        rows = tl.load(tile + 1) + tl.arange(0, ROWS)
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        low = low_ptr + tl.load(adapter + 4) + (rows - tl.load(adapter + 3))[:, None] * rank
+        dtype = y_ptr.dtype.element_ty
+        b = _weight(adapter + 1, dtype, ALIGNED)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, rank, RANKS):
+            ranks = start + tl.arange(0, RANKS)
+            inside = (rows < end)[:, None] & (ranks < rank)[None, :]
+            part = tl.load(low + ranks[None, :], mask=inside, other=0.0)
+            inside = (columns < width)[None, :] & (ranks < rank)[:, None]
+            place = b + columns[None, :] * rank + ranks[:, None]
+            total += dot(part, tl.load(place, mask=inside, other=0.0))
+        inside = (rows < end)[:, None] & (columns < width)[None, :]
+        place = y_ptr + rows[:, None] * y_stride + columns[None, :]
+        y = tl.load(place, mask=inside, other=0.0).to(tl.float32) + total
+        tl.store(place, y.to(dtype), mask=inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +185,10 @@ def add_low_rank_(y: Tensor, x: Tensor, stream: LoraStream, layer: int, linear: 
     tile = {"ALIGNED": tables.aligned, "ROWS": tables.tile_rows, "RANKS": ranks, "COLUMNS": WIDTH_TILE}
     num_tiles = len(tables.tiles)
     _shrink_kernel[num_tiles, triton.cdiv(max_rank, ranks)](
-        x, low, tables.tiles, adapters, x.stride(0), x.shape[1], SIDE=A, **tile
+        x, low, tables.tiles, adapters, x.stride(0), x.shape[1], **tile
     )
     _expand_kernel[num_tiles, triton.cdiv(y.shape[1], WIDTH_TILE)](
-        y, low, tables.tiles, adapters, y.stride(0), y.shape[1], SIDE=B, **tile
+        y, low, tables.tiles, adapters, y.stride(0), y.shape[1], **tile
     )
     return y
 
@@ -122,3 +207,22 @@ def _checked(y: Tensor, x: Tensor, tables: StreamTables, linear: int) -> Tensor:
                 f"for pairs of {widths}"
             )
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _configurations(rows: int, ranks: int, dtype: torch.dtype) -> list[Configuration]:
+    types = {"tiles_ptr": torch.int64, "adapters_ptr": torch.int64}
+    tile = {"ALIGNED": True, "ROWS": rows, "RANKS": ranks, "COLUMNS": WIDTH_TILE}
+    kernels = {"shrink": _shrink_kernel, "expand": _expand_kernel}
+    return [
+        configure(f"lora_{name}-{rows}-{ranks}", kernel, tile, dtype, types=types)
+        for name, kernel in kernels.items()
+    ]
+
+
+CONFIGURATIONS = [
+    each
+    for dtype in (torch.bfloat16, torch.float32)
+    for rows in (FEW_ROWS, MANY_ROWS)
+    for ranks in (FEW_RANKS, MANY_RANKS)
+    for each in _configurations(rows, ranks, dtype)
+]
