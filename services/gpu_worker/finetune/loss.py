@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from services.gpu_worker.kernels.cross_entropy import LowRankHead, linear_cross_entropy
+from services.gpu_worker.kernels.cross_entropy import LowRankHead
 from services.gpu_worker.kernels.transfer import Readback
 from services.gpu_worker.model.transformer import Transformer
 
@@ -67,9 +67,7 @@ def window_loss(
         return None
     chosen = hidden[rows]
     weights = model.weights
-    # no kernel adds an adapter of the head, whose logits would have to exist for its gradient
-    compute = weights.kernels.linear_cross_entropy if low_rank is None else linear_cross_entropy
-    result = compute(
+    result = weights.kernels.linear_cross_entropy(
         model.final_norm(chosen),
         weights.head,
         labels,

@@ -19,6 +19,7 @@ from services.gpu_worker.kernels.triton.common import UnsupportedShape
 from tests.kernels.triton.twins import DTYPES, Numbers, assert_close
 
 DENOMINATOR = 7.0
+ROUNDINGS = 3  # of intermediates too
 both = pytest.mark.parametrize("ops", [torch_twin, kernels], ids=["torch", "triton"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 shapes = pytest.mark.parametrize(
@@ -69,6 +70,73 @@ def test_loss_hits_and_gradient(
     alone = ops.linear_cross_entropy(x, head, labels, DENOMINATOR, with_gradient=False)
     assert alone.dx is None
     assert torch.equal(alone.loss_sum, found.loss_sum)
+
+
+# --- a head with an adapter
+
+SCALE = 2.0
+
+
+def make_low_rank(head: DenseLinear, rank: int, draw: Numbers) -> LowRankHead:
+    """Whose accumulators hold something already."""
+    vocabulary, width = head.weight.shape
+    a, b = draw(rank, width, scale=width**-0.5), draw(vocabulary, rank, scale=rank**-0.5)
+    return LowRankHead(
+        a, b, SCALE, torch.ones_like(a, dtype=torch.float32), torch.ones_like(b, dtype=torch.float32)
+    )
+
+
+def exact_low_rank(
+    x: Tensor, head: DenseLinear, labels: Tensor, low_rank: LowRankHead
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, and the gradients of x, of A, and of B before it is scaled, added to ones."""
+    leaves = [t.double().requires_grad_() for t in (x, low_rank.a, low_rank.b)]
+    logits = leaves[0] @ head.weight.double().T + leaves[0] @ leaves[1].T @ leaves[2].T
+    loss = cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+    dx, da, db = torch.autograd.grad(loss / DENOMINATOR, leaves)
+    return loss.detach(), dx, 1 + da, 1 + SCALE * db
+
+
+@both
+@dtypes
+@pytest.mark.parametrize(
+    ("num_rows", "vocabulary", "width", "rank"),
+    [(17, 129, 96, 8), (5, 300, 40, 1), (70, 140, 24, 40)],
+)
+def test_an_adapter_of_the_head_has_its_part_and_its_gradients(
+    ops: Any,
+    dtype: torch.dtype,
+    num_rows: int,
+    vocabulary: int,
+    width: int,
+    rank: int,
+    device: torch.device,
+) -> None:
+    x, head, labels = make_case(num_rows, vocabulary, width, dtype, device)
+    low_rank = make_low_rank(head, rank, Numbers(dtype, device, seed=1))
+    loss, dx, grad_a, grad_b = exact_low_rank(x, head, labels, low_rank)
+    found = ops.linear_cross_entropy(
+        x, head, labels, DENOMINATOR, low_rank=low_rank, max_logits=128 * num_rows
+    )
+    assert_close(found.loss_sum, loss, dtype)
+    assert_close(found.dx, dx, dtype, ROUNDINGS)
+    assert_close(low_rank.grad_a, grad_a, dtype, ROUNDINGS)
+    assert_close(low_rank.grad_b, grad_b, dtype, ROUNDINGS)
+    judged = LowRankHead(low_rank.a, low_rank.b, SCALE)
+    alone = ops.linear_cross_entropy(x, head, labels, 1.0, with_gradient=False, low_rank=judged)
+    assert alone.dx is None
+    assert_close(alone.loss_sum, loss, dtype)
+
+
+def test_rows_without_a_label_move_no_adapter(device: torch.device) -> None:
+    x, head, labels = make_case(9, 140, 16, torch.float32, device)
+    labels[[0, 4]] = -100
+    low_rank = make_low_rank(head, 4, Numbers(torch.float32, device, seed=1))
+    _, dx, grad_a, grad_b = exact_low_rank(x, head, labels, low_rank)
+    found = kernels.linear_cross_entropy(x, head, labels, DENOMINATOR, low_rank=low_rank)
+    for own, expected in ((found.dx, dx), (low_rank.grad_a, grad_a), (low_rank.grad_b, grad_b)):
+        assert own is not None
+        assert_close(own, expected, torch.float32, ROUNDINGS)
 
 
 @dtypes
@@ -147,8 +215,10 @@ def test_a_quantised_head_is_used_dense(device: torch.device) -> None:
 
 def test_what_kernels_cannot_do_is_refused_with_its_shape(device: torch.device) -> None:
     x, head, labels = make_case(3, 20, 8, torch.float32, device)
-    low_rank = LowRankHead(torch.ones(2, 8, device=device), torch.ones(20, 2, device=device), 1.0)
-    with pytest.raises(UnsupportedShape, match=r"the low-rank part \[20, 2\] of the head"):
+    low_rank = LowRankHead(torch.ones(2, 8, device=device), torch.ones(19, 2, device=device), 1.0)
+    with pytest.raises(
+        UnsupportedShape, match=r"B torch.float32 \[19, 2\] are no low-rank part of a head of"
+    ):
         kernels.linear_cross_entropy(x, head, labels, 1.0, low_rank=low_rank)
     with pytest.raises(
         UnsupportedShape, match=r"x torch.float32 \[3, 7\] and a head of torch.float32 \[20, 8\]"
