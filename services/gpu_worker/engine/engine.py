@@ -22,6 +22,7 @@ from services.gpu_worker.engine.config import (
     is_asynchronous,
     make_linear,
 )
+from services.gpu_worker.engine.decode_graphs import SHARE as GRAPHS_SHARE
 from services.gpu_worker.engine.events import IterationStats, JobEvent, StepResult, TokenEvent
 from services.gpu_worker.engine.in_flight import InFlight, RunResult
 from services.gpu_worker.engine.lanes import NUM_LANES, Lanes
@@ -100,10 +101,13 @@ class Engine:
         self.cache = self._make_cache(device, free)
         self.adapters = AdapterPool(config.max_adapters)
         self.runner = ModelRunner(self.model, self.cache, self.adapters, self._make_lanes(device))
+        left = free - self.cache.size_bytes
         if config.cuda_graphs and kernels.is_triton and device.type == "cuda" and group.size == 1:
-            self.runner.record_decodes(config.scheduler.max_num_seqs, self.max_model_len)
+            graphs = int(left * GRAPHS_SHARE)
+            self.runner.record_decodes(config.scheduler.max_num_seqs, self.max_model_len, graphs)
+            left -= graphs
         self.admission = self._make_admission()
-        self.admission.set_budget(config.finetune_bytes, free - self.cache.size_bytes, config.max_adapters)
+        self.admission.set_budget(config.finetune_bytes, left, config.max_adapters)
         self.blocks = BlockManager(self.cache.num_blocks, config.block_size)
         policies = self.admission.usual_policies()
         latency, lane_latency = self._make_latency(policies), None
@@ -316,6 +320,8 @@ class Engine:
             "kv_cache": self.cache.size_bytes,
             "adapters": self.adapters.size_bytes,
         }
+        if self.runner.decode_graphs is not None:
+            device["decode_graphs"] = self.runner.decode_graphs.size_bytes
         return MemoryAccount(
             device | jobs.on_device(),
             jobs.on_host(),

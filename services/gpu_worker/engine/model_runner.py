@@ -13,10 +13,10 @@ from torch import Tensor
 
 from services.gpu_worker.compiler.programs import ForwardPrograms
 from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Update
-from services.gpu_worker.engine.decode_graphs import DecodeGraphs
+from services.gpu_worker.engine.decode_graphs import Decoded, DecodeGraphs
 from services.gpu_worker.engine.in_flight import InFlight, LaneMarks, Mark, RunResult
 from services.gpu_worker.engine.lanes import Gate, Lanes, Progress
-from services.gpu_worker.engine.sampler import Drawn, LogprobRows, draw
+from services.gpu_worker.engine.sampler import Drawn, LogprobRows, draw, have_penalties, sampling_rows
 from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.engine.stream_attention import Stream, attention_of
 from services.gpu_worker.finetune.trainer import Trainer
@@ -32,10 +32,12 @@ from services.gpu_worker.model.context import (
     VirtualRows,
 )
 from services.gpu_worker.model.low_rank import low_rank_of
+from services.gpu_worker.model.peft import HEAD
 from services.gpu_worker.model.transformer import Transformer
 
 RECORDING_S = 20.0  # at start-up, at most
 LOGPROB_ROWS = 64  # of a prompt whose full logits exist at a time
+HOST = torch.device("cpu")
 
 
 @dataclass(slots=True)
@@ -74,10 +76,10 @@ class ModelRunner:
         weights = model.weights
         self._programs = ForwardPrograms(weights.whole, weights.group.size, weights.kernels)
 
-    def record_decodes(self, max_rows: int, max_model_len: int) -> None:
-        """From here on forwards over decodes alone are recorded. Nothing may be in the cache yet. Raises ValueError
-        for kernels of torch."""
-        sizes = max_rows, max_model_len, self.adapters.capacity
+    def record_decodes(self, max_rows: int, max_model_len: int, budget: int) -> None:
+        """From here on forwards over decodes alone are recorded, in `budget` bytes of the device. Nothing may be in the
+        cache yet. Raises ValueError for kernels of torch."""
+        sizes = max_rows, max_model_len, self.adapters.capacity, budget
         self.decode_graphs = DecodeGraphs(self.model, self.cache, self._programs, *sizes)
         if self.device.type == "cuda":
             self.decode_graphs.record_ahead(RECORDING_S)
@@ -178,9 +180,11 @@ class ModelRunner:
             return
         beside = {work.job.job_id for work in forwards if work.lane != lane}
         is_beside_itself = beside.intersection(work.job.job_id for work in own)
-        hidden = self.hidden(rows, Gate(progress, lane, follows=lane == 0) if is_beside_itself else None)
+        decoded = self.decoded(rows)
+        gate = Gate(progress, lane, follows=lane == 0) if is_beside_itself else None
+        hidden = decoded.hidden if decoded else self.hidden(rows, gate)
         if rows.chunks:
-            flight.drawn = self._sample(rows, hidden)
+            flight.drawn = self._sample(rows, hidden, decoded)
             self._drawn = flight.drawn or self._drawn
         for work, span in rows.forwards:
             trainer = self._trainer(work)
@@ -192,16 +196,19 @@ class ModelRunner:
             if chunk.sequence.sampling.prompt_logprobs is not None:
                 flight.readers += self._prompt_logprobs(chunk, hidden[span])
 
+    def decoded(self, rows: Rows) -> Decoded | None:
+        """What a recorded forward over decodes alone finds; None where there is none for the batch."""
+        if self.decode_graphs is None or not rows.are_decodes:
+            return None
+        sequences = [chunk.sequence for chunk, _ in rows.decodes]
+        sampling = None if have_penalties(sequences) else sampling_rows(sequences, HOST)
+        return self.decode_graphs.decode(rows.decodes, self._tokens(rows), self._adapter_runs(rows), sampling)
+
     def hidden(self, rows: Rows, gate: Gate | None = None) -> Tensor:
         """Hidden states [N, D] of the stream."""
-        tokens = self._tokens(rows)
-        if self.decode_graphs is not None and rows.are_decodes:
-            found = self.decode_graphs.forward(rows.decodes, tokens, self._adapter_runs(rows))
-            if found is not None:
-                return found
         context = self._context(rows)
         context.gate = gate
-        return self.model.forward(tokens, self.cache, context)
+        return self.model.forward(self._tokens(rows), self.cache, context)
 
     def _tokens(self, rows: Rows) -> Tensor:
         """int64 [N]."""
@@ -223,12 +230,15 @@ class ModelRunner:
             at, row = to_device(drawn.T.contiguous(), self.device)
             tokens.index_copy_(0, at, self._drawn.tokens.index_select(0, row))
 
-    def _sample(self, rows: Rows, hidden: Tensor) -> Drawn | None:
+    def _sample(self, rows: Rows, hidden: Tensor, decoded: Decoded | None) -> Drawn | None:
         done = [(chunk.sequence, span.stop - 1) for chunk, span in rows.chunks if chunk.samples]
         if not done:
             return None
         sequences = [sequence for sequence, _ in done]
         runs = _runs((i, i + 1, self._adapter(sequence)) for i, sequence in enumerate(sequences))
+        if decoded and all(run.weights.low_rank(HEAD) is None for run in runs):
+            drawn = decoded.tokens.clone()  # the next batch still reads them
+            return draw(decoded.logits, sequences, self._drawn, self._sample_tokens, drawn)
         last = to_device(torch.tensor([row for _, row in done]), self.device)
         logits = self.model.logits(hidden.index_select(0, last), runs)
         return draw(logits, sequences, self._drawn, self._sample_tokens)

@@ -80,14 +80,18 @@ def draw(
     sequences: list[Sequence],
     before: Drawn | None = None,
     sample_tokens: SampleTokens | None = None,
+    tokens: Tensor | None = None,
 ) -> Drawn:
     """As `sample`; where there is a kernel for all rows, without waiting for the device. Logprobs are those of the
     unmodified model.
 
-    `before` has the tokens that are pending; of each sequence none but the last may be.
+    `before` has the tokens that are pending; of each sequence none but the last may be. `tokens` int64 [R] have been
+    drawn already where no sequence has penalties.
     """
     rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
     logprobs = torch.log_softmax(logits[_ids(rows, logits.device)], -1) if rows else None
+    if tokens is not None and not have_penalties(sequences):
+        return Drawn(sequences, tokens, rows, logprobs)
     for row, sequence in enumerate(sequences):
         if sequence.sampling.has_penalties:
             logits[row] = penalise(logits[row], sequence, _pending(sequence, before))
@@ -96,6 +100,11 @@ def draw(
     else:
         tokens = sample_tokens(logits.float(), sampling_rows(sequences, logits.device))
     return Drawn(sequences, tokens, rows, logprobs)
+
+
+def have_penalties(sequences: list[Sequence]) -> bool:
+    """Whether some of them draw from other logits than the model's."""
+    return any(sequence.sampling.has_penalties for sequence in sequences)
 
 
 def _pending(sequence: Sequence, before: Drawn | None) -> Tensor | None:

@@ -100,7 +100,7 @@ def test_recorded_decodes_say_the_same(folder: Path, device: torch.device) -> No
         outputs, _ = run(engine, *names)
         return [outputs[request_id].tokens for request_id in names]
 
-    engine.runner.record_decodes(LIMITS["max_num_seqs"], LIMITS["max_model_len"])
+    engine.runner.record_decodes(LIMITS["max_num_seqs"], LIMITS["max_model_len"], budget=1 << 40)
     recorded = answers("recorded")
     assert engine.runner.decode_graphs is not None and engine.runner.decode_graphs.num_recorded > 0
     engine.runner.decode_graphs = None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from services.gpu_worker.kernels.paged_attention import PagedBatch, Run
+from services.gpu_worker.kernels.sampling import SamplingRows
 from services.gpu_worker.kernels.triton.attention_tiles import Shapes, Tiles, query_tiles
 from services.gpu_worker.kernels.triton.decode_buffers import NO_MERGE, NO_SLOT, NO_TILE, DecodeBuffers
 
@@ -53,6 +54,23 @@ def test_tables_are_those_that_attention_plans(num_keys: list[int], device: torc
         for head in range(2)
     ]
     assert found.slots.tolist() == expected + [NO_SLOT] * (2 * (shape.rows - n))
+
+
+def test_how_rows_choose_arrives_and_padding_takes_the_most_likely_token(device: torch.device) -> None:
+    buffers, num_keys = make_buffers(device), [3, 20, 9]
+    rows = SamplingRows.make(
+        [0.5, 0.0, 2.0], [7, 0, 1 << 40], [0.9, 1.0, 0.25], [0.0, 0.5, 0.0], [1, (1 << 64) - 1, 5], [3, 20, 9],
+        torch.device("cpu"),
+    )  # fmt: skip
+    shape = buffers.find_shape(num_keys, [])
+    assert shape is not None and shape.rows == 4
+    for sampling in (rows, None):
+        buffers.fill(shape, num_keys, tables_for(num_keys), [], sampling)
+        found = buffers.tables(shape).sampling
+        for name in SamplingRows.__dataclass_fields__:
+            own = getattr(found, name)
+            expected = getattr(rows, name).tolist() if sampling else [0, 0, 0]
+            assert own.dtype == getattr(rows, name).dtype and own.tolist() == [*expected, 0]
 
 
 def test_batches_of_like_sizes_have_one_shape(device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """Where a forward over decodes alone finds what changes from step to step, so that its launches can be recorded.
 
-A recorded launch has fixed addresses and grids. So the tables of attention and of adapters lie in memory of their own,
-and batches are padded up to a few shapes: with rows that write no key, tiles without a token, merges of no part.
+A recorded launch has fixed addresses and grids. So the tables of attention, of adapters and of sampling lie in memory
+of their own, and batches are padded up to a few shapes: with rows that write no key, tiles without a token, merges of
+no part.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from services.gpu_worker.kernels.lora_stream import LoraStream, StreamRun
 from services.gpu_worker.kernels.paged_attention import RUN_COLUMNS, PagedBatch, Run, int32_of
+from services.gpu_worker.kernels.sampling import SamplingRows
 from services.gpu_worker.kernels.triton.attention_tiles import (
     MERGE_COLUMNS,
     TILE_COLUMNS,
@@ -27,6 +29,8 @@ from services.gpu_worker.kernels.triton.lora_stream import TILE_COLUMNS as LORA_
 NO_SLOT = -1
 NO_TILE = (0, 1, 0, 0, -1)  # a decode has no token 1, and there are no keys from 0 to 0
 NO_MERGE = (0, 1, 0, 0)
+DRAW_COLUMNS = 2  # int64: seed, position
+FILTER_COLUMNS = 4  # top_k int32; temperature, top_p, min_p float32
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
@@ -45,6 +49,8 @@ class DecodeShape:
         sizes = {
             "positions": 2 * self.rows,
             "slots": 2 * self.rows * num_kv_heads,
+            "draws": DRAW_COLUMNS * 2 * self.rows,
+            "filters": FILTER_COLUMNS * self.rows,
             "columns": RUN_COLUMNS * self.rows,
             "tiles": TILE_COLUMNS * self.tiles,
             "merges": MERGE_COLUMNS * self.rows if self.is_split else 0,
@@ -64,6 +70,7 @@ class DecodeTables:
     slots: Tensor  # int64 [rows * G]
     batch: PagedBatch
     stream: LoraStream
+    sampling: SamplingRows
 
 
 class DecodeBuffers:
@@ -136,8 +143,15 @@ class DecodeBuffers:
             self._tables[self._blocks_start(shape) :],
             {("forward", self._shapes): [(self._form, tiles)]},
         )
+        seeds, positions = view("draws").view(torch.int64).view(DRAW_COLUMNS, -1)
+        filters = view("filters").view(FILTER_COLUMNS, -1)
+        temperature, top_p, min_p = filters[1:].view(torch.float32)
         return DecodeTables(
-            view("positions").view(torch.int64), view("slots").view(torch.int64), batch, self._stream(shape)
+            view("positions").view(torch.int64),
+            view("slots").view(torch.int64),
+            batch,
+            self._stream(shape),
+            SamplingRows(temperature, filters[0], top_p, min_p, seeds, positions),
         )
 
     def _blocks_start(self, shape: DecodeShape) -> int:
@@ -156,15 +170,17 @@ class DecodeBuffers:
 
     def fill(
         self, shape: DecodeShape, num_keys: Sequence[int], block_tables: Sequence[Sequence[int]],
-        runs: Sequence[StreamRun],
+        runs: Sequence[StreamRun], sampling: SamplingRows | None = None,
     ) -> None:  # fmt: skip
-        """Everything that the next forward of this shape reads, in one copy, and one more where adapters change."""
+        """Everything that the next forward of this shape reads, in one copy, and one more where adapters change.
+        `sampling` is on the host; None: whatever is drawn is not used."""
         size = self._shapes.block_size
         pages = [table[: -(-n // size)] for table, n in zip(block_tables, num_keys, strict=True)]
         counts = torch.tensor([num_keys, [len(own) for own in pages], [own[-1] for own in pages]])
         keys, lengths, last_blocks = counts
-        wide = self._places(shape, keys, last_blocks)
-        narrow = self._columns(shape, keys, lengths), *self._cut(shape, keys)
+        draws, filters = _choices(shape.rows, sampling)
+        wide = torch.cat((self._places(shape, keys, last_blocks), draws))
+        narrow = filters, self._columns(shape, keys, lengths), *self._cut(shape, keys)
         blocks = int32_of(list(chain.from_iterable(pages)))
         tables = torch.cat([*(part.flatten().to(torch.int32) for part in narrow), blocks])
         start = 2 * len(wide)
@@ -226,6 +242,19 @@ class DecodeBuffers:
         self._lora_tiles[: shape.lora_tiles].copy_(sent.tiles)
         self._adapters[:, :, : len(runs)].copy_(sent.adapters)
         self._placed = shape, runs
+
+
+def _choices(num_rows: int, sampling: SamplingRows | None) -> tuple[Tensor, Tensor]:
+    """Int64 and int32, flat; rows that nobody reads take the most likely token, which costs least."""
+    draws = torch.zeros(DRAW_COLUMNS, num_rows, dtype=torch.int64)
+    filters = torch.zeros(FILTER_COLUMNS, num_rows, dtype=torch.int32)
+    if sampling is not None:
+        own = slice(len(sampling.seed))
+        draws[:, own] = torch.stack((sampling.seed, sampling.position))
+        filters[0, own] = sampling.top_k
+        chosen = torch.stack((sampling.temperature, sampling.top_p, sampling.min_p))
+        filters[1:, own] = chosen.view(torch.int32)
+    return draws.flatten(), filters.flatten()
 
 
 def _power_of_2(number: int) -> int:
