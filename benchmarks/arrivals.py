@@ -22,20 +22,29 @@ class Arrival:
 
 def arrivals(rate: float, seconds: float, context: int, seed: int = 0) -> list[Arrival]:
     """About `rate` requests a second for `seconds`: of the trace after its first minutes each is kept with the same
-    probability, so that its bursts stay. The same arguments give the same requests."""
-    rows = [row for row in _rows() if BEGIN_S <= row.at_s < BEGIN_S + seconds]
-    if rate * seconds > len(rows):
-        raise ValueError(f"the trace has {len(rows)} requests in {seconds:g} s, fewer than {rate:g} a second")
+    probability, so that its bursts stay. More than it has come from a longer time of it, which passes as many times
+    as fast. The same arguments give the same requests."""
+    trace, speed = _rows(), 1
+    while rate * seconds > len(rows := _within(trace, speed * seconds)):
+        if trace[-1].at_s < BEGIN_S + speed * seconds:
+            raise ValueError(
+                f"the trace has {len(rows)} requests, fewer than {rate:g} a second for {seconds:g} s"
+            )
+        speed += 1
     rng, scale = random.Random(seed), context / LONGEST
     return [
         Arrival(
-            row.at_s - BEGIN_S,
+            (row.at_s - BEGIN_S) / speed,
             max(2, round(row.prompt_tokens * scale)),
             max(2, round(row.output_tokens * scale)),
         )
         for row in rows
         if rng.random() < rate * seconds / len(rows)
     ]
+
+
+def _within(trace: list[Arrival], seconds: float) -> list[Arrival]:
+    return [row for row in trace if BEGIN_S <= row.at_s < BEGIN_S + seconds]
 
 
 def _rows() -> list[Arrival]:

@@ -18,12 +18,13 @@ from services.gpu_worker.engine.job_blocks import JobBlocks
 from services.gpu_worker.engine.latency import LatencyModel, Work, largest
 from services.gpu_worker.engine.limits import Limits
 from services.gpu_worker.engine.pressure import Pressure
-from services.gpu_worker.engine.sequence import Sequence
+from services.gpu_worker.engine.sequence import AIM, Sequence
 from services.gpu_worker.engine.sharing import SharingName, Turn, make_sharing
 from services.gpu_worker.engine.slo import FLEX
 from services.gpu_worker.finetune.job import FinetuneJob, Phase
 
 BACKLOG = 16  # prompts that finetuning leaves time for
+LEAST_SHARE = 0.1  # of the time that prompts get beside decodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,8 @@ class Scheduler:
             return False
         self._current = self.lane_latency
         decodes_ms = self.lane_latency.forward_ms(decode_work(decodes))
-        return decodes_ms <= limits.all_ms and self._backlog_limit_ms(Batch(), now_s) > decodes_ms
+        backlog_limit_ms = self._backlog_limit_ms(Batch(decodes=decodes), now_s)
+        return decodes_ms <= limits.all_ms and backlog_limit_ms > decodes_ms
 
     def _fill(self, batch: Batch, turn: Turn, has_requests: bool, now_s: float) -> None:
         update_ms = self.latency.optimizer_ms
@@ -193,15 +195,24 @@ class Scheduler:
         return self.config.margin * tpot_ms - self.latency.forward_ms(work)
 
     def _backlog_limit_ms(self, batch: Batch, now_s: float) -> float:
-        """When finetuning has to stop so that those who wait for a first token, one after the other, get it in
-        time."""
+        """When finetuning has to stop so that those who wait for a first token, one after the other and beside the
+        decodes, get it in time."""
         scheduled = {id(chunk.sequence): chunk.num_tokens for chunk in batch.prompts}
         limit_ms, backlog_ms = self.config.idle_ms, 0.0
-        for sequence in islice(chain(self._prompts(), self.waiting), BACKLOG):
+        backlog = list(islice(chain(self._prompts(), self.waiting), BACKLOG))
+        stretch = 1 / self._share_of_prompts(batch.decodes) if backlog else 1.0
+        for sequence in backlog:
             done = sequence.num_computed_tokens + scheduled.get(id(sequence), 0)
-            backlog_ms += self._prompt_ms(done, sequence.num_tokens)
+            backlog_ms += stretch * self._prompt_ms(done, sequence.num_tokens)
             limit_ms = min(limit_ms, (sequence.deadline_s - now_s) * 1000 - backlog_ms)
         return self.config.margin * max(0.0, limit_ms)
+
+    def _share_of_prompts(self, decodes: list[Sequence]) -> float:
+        """Of the time, where decodes come as often as they have to."""
+        if not decodes:
+            return 1.0
+        tpot_ms = AIM * min(sequence.slo.tpot_ms for sequence in decodes)
+        return max(LEAST_SHARE, 1 - self._current.forward_ms(decode_work(decodes)) / tpot_ms)
 
     def _prompt_ms(self, start: int, end: int) -> float:
         """How long the tokens [start, end) of a sequence take in pieces as large as an iteration takes them."""

@@ -65,8 +65,8 @@ class Logprob:
 
 
 PENDING = 0  # stands for a token that is drawn but not read yet
-AIM = 0.9  # of the mean time between tokens that is promised
-LONGEST_GAP = 2.0  # of it
+AIM = 0.9  # of what is promised between tokens
+LONGEST_GAP = 2.0  # of the mean time between tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -152,4 +152,4 @@ class Sequence:
         first_s = last_s if self.first_token_s is None else self.first_token_s
         tpot_s = self.slo.tpot_ms / 1000
         num_gaps = len(self.tokens) - self.num_prompt_tokens - self.num_resumed_tokens
-        self.deadline_s = min(first_s + AIM * num_gaps * tpot_s, last_s + LONGEST_GAP * tpot_s)
+        self.deadline_s = min(first_s + AIM * num_gaps * tpot_s, last_s + AIM * LONGEST_GAP * tpot_s)
