@@ -58,6 +58,7 @@ class Settings(BaseSettings):
     cuda_graphs: bool = True  # forwards over decodes alone are recorded and replayed; on a GPU, one rank
     lanes: bool = True  # two halves of a CPU's threads may work at once: one serves while the other trains
     async_scheduling: bool | None = None  # launch an iteration while the one before computes; unset: on a GPU
+    backward_stream: Literal["auto", "on", "off"] = "auto"  # training beside decodes; auto: where a GPU gains
     profile_dir: str = ".flexllm/profiles"  # of measured iteration times; empty: none are kept
     tensor_parallel: int = Field(default=1, ge=1)  # ranks that share the model: GPUs, or processes on CPUs
 

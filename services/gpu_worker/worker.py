@@ -194,6 +194,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         cuda_graphs=settings.cuda_graphs,
         lanes=settings.lanes,
         async_scheduling=settings.async_scheduling,
+        backward_stream=settings.backward_stream,
         quantise=settings.quantise,
         profile_dir=Path(settings.profile_dir) if settings.profile_dir else None,
         int4_group_size=settings.int4_group_size,

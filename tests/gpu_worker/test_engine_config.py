@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from services.gpu_worker.engine.slo import SLO
@@ -24,3 +26,8 @@ def test_an_iteration_beside_nobody_leaves_an_arrival_of_any_tier_time_for_its_p
 ) -> None:
     settings = Settings(ttft_slo_ms=2000, ttft_slo_priority_ms=priority_ms)
     assert engine_config(settings).scheduler.idle_ms == pytest.approx(idle_ms)
+
+
+@pytest.mark.parametrize("choice", ["auto", "on", "off"])
+def test_the_stream_of_the_backward_is_the_settings_choice(choice: Literal["auto", "on", "off"]) -> None:
+    assert engine_config(Settings(backward_stream=choice)).backward_stream == choice

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from services.gpu_worker.engine.interference import Interference
 from services.gpu_worker.engine.latency import Work
 from services.gpu_worker.engine.sequence import Logprob, Sequence
 from services.gpu_worker.finetune.job import FinetuneJob, TrainingSequence, Window
@@ -117,6 +118,8 @@ class Batch:
     both, those of lane 1 come first. A step of the backward waits for those that it must follow; updates wait for
     both lanes. Steps that would not end in time are given back, but for the first.
 
+    Where there is `interference` the forward is of decodes alone, and the backward begins beside it.
+
     Before all that the keys and values of `parked` jobs go to host memory, then those of jobs `brought_back`
     into their new blocks.
     """
@@ -132,6 +135,7 @@ class Batch:
     steps_until_ms: float = math.inf  # after the start; later steps of the backward are not begun
     lanes_ms: list[float] = field(default_factory=lambda: [0.0])  # when each lane will be done, as predicted
     updates_ms: float = 0.0  # what the updates will take after that
+    interference: Interference | None = None
     _decode_work: Work | None = None
 
     @property

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from services.gpu_worker.engine.admission import Offload
+from services.gpu_worker.engine.interference import BackwardStream
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.slo import DEFAULT_SLO, DEFAULT_TIER, SLO
 from services.gpu_worker.kernels.backend import KernelChoice
@@ -31,6 +32,9 @@ class EngineConfig:
     cuda_graphs: bool = True  # forwards over decodes alone are recorded; with Triton's kernels on a GPU
     lanes: bool = True  # two halves of a CPU's threads may work at once
     async_scheduling: bool | None = None  # launch an iteration while the one before computes; None: on a GPU
+    backward_stream: BackwardStream = (
+        "auto"  # training's backward beside decodes; auto: where a GPU gains by it
+    )
     quantise: Literal["none", "int8", "int4"] = "none"  # the layers' linears; embedding and head stay dense
     int4_group_size: int = GROUP_SIZE  # inputs that share a scale
     block_size: int = 16
@@ -76,6 +80,17 @@ def is_asynchronous(config: EngineConfig, device: torch.device, num_ranks: int) 
     if config.async_scheduling is not None:
         return config.async_scheduling
     return device.type == "cuda" and num_ranks == 1
+
+
+def may_use_side_stream(config: EngineConfig, device: torch.device, num_ranks: int) -> bool:
+    """Whether a backward may run beside decodes; raises ValueError where the config asks for what cannot be."""
+    possible = device.type == "cuda" and num_ranks == 1
+    if config.backward_stream == "on" and not possible:
+        raise ValueError(
+            f"backward_stream 'on': a second stream is for a GPU that one rank has to itself, not for {num_ranks} "
+            f"rank(s) on {device.type}: leave it out or set it to off"
+        )
+    return possible and config.backward_stream != "off"
 
 
 def make_linear(config: EngineConfig) -> MakeLinear:

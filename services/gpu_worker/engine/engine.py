@@ -21,10 +21,13 @@ from services.gpu_worker.engine.config import (
     dtype_of,
     is_asynchronous,
     make_linear,
+    may_use_side_stream,
 )
 from services.gpu_worker.engine.decode_graphs import SHARE as GRAPHS_SHARE
 from services.gpu_worker.engine.events import IterationStats, JobEvent, StepResult, TokenEvent
+from services.gpu_worker.engine.fit import Extent
 from services.gpu_worker.engine.in_flight import InFlight, RunResult
+from services.gpu_worker.engine.interference import Interference
 from services.gpu_worker.engine.lanes import NUM_LANES, Lanes
 from services.gpu_worker.engine.latency import LatencyModel
 from services.gpu_worker.engine.memory import (
@@ -37,11 +40,12 @@ from services.gpu_worker.engine.memory import (
 )
 from services.gpu_worker.engine.memory_watch import MemoryWatch
 from services.gpu_worker.engine.model_runner import ModelRunner
-from services.gpu_worker.engine.profile import extent_of, profile
+from services.gpu_worker.engine.profile import extent_of, measure_interference, profile
 from services.gpu_worker.engine.profile_cache import ProfileCache, key_of
 from services.gpu_worker.engine.requests import InvalidRequest, Requests
 from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
+from services.gpu_worker.engine.side_stream import make_side_stream
 from services.gpu_worker.engine.slo import DEFAULT_TIER
 from services.gpu_worker.finetune.checkpoint import load_checkpoint, save_checkpoint
 from services.gpu_worker.finetune.dataset import Dataset
@@ -116,6 +120,8 @@ class Engine:
                 lane_latency = self._make_latency(policies)
         self.scheduler = Scheduler(self._limits(), self.blocks, latency, lane_latency)
         self.scheduler.finetuning.can_give_back = self._follows_clock(device)
+        if may_use_side_stream(config, device, group.size) and config.max_finetune_jobs:
+            self.scheduler.finetuning.interference = self._find_interference(policies)
         slack_ms = self.scheduler.slack_beside_decodes_ms(config.slos[DEFAULT_TIER].tpot_ms)
         self.admission.set_pace(policies, latency, config.scheduler.min_window, slack_ms)
         self._watch = MemoryWatch(weights, self.scheduler, self.runner.trainers, self.admission.can_move)
@@ -174,11 +180,25 @@ class Engine:
             config.scheduler.min_window,
         )
 
-    def _make_latency(self, policies: LayerPolicies) -> LatencyModel:
-        config, limits, weights = self.config, self.config.scheduler, self.model.weights
+    @property
+    def _extent(self) -> Extent:
+        limits = self.config.scheduler
         rows = limits.max_num_batched_tokens + limits.finetune_window
         sizes = limits.max_num_seqs, self.max_model_len, rows, limits.finetune_window
-        extent = extent_of(self.runner, *sizes)
+        return extent_of(self.runner, *sizes)
+
+    def _find_interference(self, policies: LayerPolicies) -> Interference | None:
+        """Measured on a side stream, which stays where it is worth it."""
+        runner = self.runner
+        runner.side = make_side_stream(self.cache.device)
+        found = measure_interference(runner, self._extent, policies, self.config.backward_stream)
+        if found is None:
+            runner.side = None
+        return found
+
+    def _make_latency(self, policies: LayerPolicies) -> LatencyModel:
+        config, limits, weights = self.config, self.config.scheduler, self.model.weights
+        extent = self._extent
         if config.profile_dir is None:
             return profile(self.runner, extent, policies, grain=limits.min_window)
         form = f"{config.quantise}/{config.int4_group_size}" if config.quantise == "int4" else config.quantise

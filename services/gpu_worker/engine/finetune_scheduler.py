@@ -9,6 +9,7 @@ from functools import cache
 
 from services.gpu_worker.engine.batch import Batch, JobWindow, Update, window_work
 from services.gpu_worker.engine.fair_share import FairShare
+from services.gpu_worker.engine.interference import Interference
 from services.gpu_worker.engine.job_blocks import JobBlocks
 from services.gpu_worker.engine.latency import LatencyModel, Work, largest
 from services.gpu_worker.engine.pressure import Pressure
@@ -31,6 +32,7 @@ class FinetuneScheduler:
         self._window, self._min_window, self._patience = window, min(min_window, window), patience
         self._shares = FairShare(quantum=window)
         self._starved = 0  # iterations in a row in which jobs got nothing
+        self.interference: Interference | None = None  # where a backward may run beside decodes
         self.can_give_back = True  # steps that an iteration has planned but no time for
 
     def add(self, job: FinetuneJob) -> None:
@@ -55,6 +57,8 @@ class FinetuneScheduler:
         `update_ms` that of an optimizer step, which has no lanes."""
         window = self._window if self.pressure is Pressure.NONE else self._min_window
         forced = forced or self.is_starved
+        if batch.decodes and not batch.prompts:
+            batch.interference = self.interference
         filling = _Filling(
             batch, latency, self._blocks, batch.limit_ms, update_ms, window, self._min_window, forced
         )
@@ -112,8 +116,11 @@ class _Filling:
     ends_ms: list[float] = field(default_factory=list)  # of the batch's steps of the backward
     step_ms: Callable[[Work], float] = field(init=False)  # of the backward
     least_ms: float = field(init=False)  # of a smallest step
+    forward_ms: float = field(init=False)  # of requests
+    backward_ms: float = 0.0  # of the batch's steps, each alone
 
     def __post_init__(self) -> None:
+        self.forward_ms = self.batch.lanes_ms[0]
         self.step_ms = self.latency.backward_ms
         self.least_ms = self.latency.backward_ms(Work(window_tokens=self.min_window))
 
@@ -135,7 +142,15 @@ class _Filling:
         """There is no time for half of a smallest step. Most jobs find it so, and should not take long to."""
         if self._is_forced:
             return False
-        return self._lanes_limit_ms - min(self.batch.lanes_ms) < self.least_ms / 2
+        return max(self._left_ms) < self.least_ms / 2
+
+    @property
+    def _left_ms(self) -> list[float]:
+        """For the backward, in each lane."""
+        beside, limit_ms = self.batch.interference, self._lanes_limit_ms
+        if beside is not None:
+            return [beside.room_ms(self.forward_ms, limit_ms) - self.backward_ms]
+        return [limit_ms - lane_ms for lane_ms in self.batch.lanes_ms]
 
     @property
     def _lanes_limit_ms(self) -> float:
@@ -144,7 +159,7 @@ class _Filling:
     # --- forward
 
     def _add_forward(self, job: FinetuneJob) -> None:
-        if self.batch.num_lanes > 1 and self.batch.backwards:
+        if self.batch.backwards and (self.batch.num_lanes > 1 or self.batch.interference):
             return  # it would run before them, and they would end later than they were placed for
         if job.position == 0 and not self.blocks.reserve(job):
             return
@@ -169,6 +184,7 @@ class _Filling:
         for lane, part in zip((self.batch.num_lanes - 1, 0), self._share(size), strict=True):
             if part:
                 self.batch.lanes_ms[lane] = end_ms(lane, job.position, part)
+                self.batch.interference = None
                 window = job.next_forward(part)
                 job.complete(window)
                 ends = evaluating and not job.evaluating
@@ -224,6 +240,7 @@ class _Filling:
             job.complete(step.window)
             batch.backwards.append(step)
             batch.lanes_ms[step.lane] = end_ms
+            self.backward_ms += step.expected_ms
             self.ends_ms.append(end_ms)
 
     def _forwarded_ms(self, job: FinetuneJob) -> float:
@@ -235,7 +252,9 @@ class _Filling:
 
     def _place(self, step: JobWindow, earliest_ms: float) -> tuple[JobWindow, float]:
         """In the lane where it ends first, and when that is; of two such lanes the busier one."""
-        lanes_ms = self.batch.lanes_ms
+        lanes_ms, beside = self.batch.lanes_ms, self.batch.interference
+        if beside is not None:
+            return step, beside.together_ms(self.forward_ms, self.backward_ms + step.expected_ms)
         if len(lanes_ms) == 1:
             return step, lanes_ms[0] + step.expected_ms
         starts_ms = [max(busy_ms, earliest_ms) for busy_ms in lanes_ms]
@@ -268,7 +287,7 @@ class _Filling:
     def _grid(self, num_tokens: int) -> int:
         """The smallest window, doubled as long as several steps of that size fit into what is left; of two lanes
         each should have one in a layer."""
-        left_ms = sum(self._lanes_limit_ms - lane_ms for lane_ms in self.batch.lanes_ms)
+        left_ms = sum(self._left_ms)
         width = self.min_window
         while 2 * width <= self.window:
             if STEPS * self.step_ms(Work(window_tokens=2 * width)) > left_ms:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from services.gpu_worker.engine.batch import Batch, LaneTiming, Sampled, Timing
+from services.gpu_worker.engine.interference import Interference, Overlap
 from services.gpu_worker.engine.sampler import Drawn
 from services.gpu_worker.finetune.reports import StepReport, TrainingDiverged
 
@@ -58,6 +59,26 @@ class LaneMarks:
 
 
 @dataclass(slots=True)
+class OverlapMarks:
+    """A forward's beginning and end, and those of the backward on the side stream."""
+
+    started: Mark
+    forwarded: Mark
+    begun: Mark
+    ended: Mark
+    interference: Interference | None  # None: the backward has waited for the forward
+
+    def timing(self) -> LaneTiming:
+        """As they would have taken alone."""
+        begun_ms, forward_ms = (mark.ms_since(self.started) for mark in (self.begun, self.forwarded))
+        backward_ms = self.ended.ms_since(self.begun)
+        if self.interference is None:
+            return LaneTiming(forward_ms, backward_ms)
+        found = Overlap.begun_at(begun_ms, forward_ms, backward_ms)
+        return LaneTiming(*self.interference.alone_ms(found))
+
+
+@dataclass(slots=True)
 class RunResult:
     sampled: list[Sampled] = field(default_factory=list)
     reports: list[tuple[str, StepReport]] = field(default_factory=list)  # (job id, report)
@@ -77,7 +98,7 @@ class InFlight:
     drawn: Drawn | None = None
     readers: list[Callable[[], None]] = field(default_factory=list)  # of what belongs to sequences
     reports: list[tuple[str, Callable[[], StepReport]]] = field(default_factory=list)
-    lanes: list[LaneMarks] = field(default_factory=list)
+    lanes: list[LaneMarks | OverlapMarks] = field(default_factory=list)
     windows_ended: Mark | None = None
     ended: Mark | None = None
 

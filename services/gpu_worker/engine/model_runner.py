@@ -14,10 +14,11 @@ from torch import Tensor
 from services.gpu_worker.compiler.programs import ForwardPrograms
 from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Update
 from services.gpu_worker.engine.decode_graphs import Decoded, DecodeGraphs
-from services.gpu_worker.engine.in_flight import InFlight, LaneMarks, Mark, RunResult
+from services.gpu_worker.engine.in_flight import InFlight, LaneMarks, Mark, OverlapMarks, RunResult
 from services.gpu_worker.engine.lanes import Gate, Lanes, Progress
 from services.gpu_worker.engine.sampler import Drawn, LogprobRows, draw, have_penalties, sampling_rows
 from services.gpu_worker.engine.sequence import Sequence
+from services.gpu_worker.engine.side_stream import SideStream
 from services.gpu_worker.engine.stream_attention import Stream, attention_of
 from services.gpu_worker.finetune.trainer import Trainer
 from services.gpu_worker.kernels.kv_cache import KVCache
@@ -66,6 +67,7 @@ class ModelRunner:
         self.cache = cache
         self.adapters = adapters
         self.lanes = lanes
+        self.side: SideStream | None = None  # of the backward
         self.trainers: dict[str, Trainer] = {}
         self._drawn: Drawn | None = None  # by the last batch that drew tokens
         kernels = model.weights.kernels  # a CPU draws row by row, and sorts few of them
@@ -100,7 +102,10 @@ class ModelRunner:
         for job in batch.brought_back:
             self._guarded(job.job_id, flight, self.trainers[job.job_id].bring_back)
         forwards = self._begin(batch.forwards, flight)
-        self._run_lanes(batch, forwards, flight)
+        if self.side is not None and batch.backwards:
+            self._run_streams(self.side, batch, forwards, flight)
+        else:
+            self._run_lanes(batch, forwards, flight)
         for work in forwards:
             if work.ends_evaluation:
                 self._guarded(work.job.job_id, flight, partial(self._report_evaluation, work, flight))
@@ -111,6 +116,26 @@ class ModelRunner:
                 self._guarded(update.job.job_id, flight, partial(self._update, update, flight))
         flight.ended = Mark(self.device)
         return flight
+
+    def _run_streams(
+        self, side: SideStream, batch: Batch, forwards: list[JobWindow], flight: InFlight
+    ) -> None:
+        """The forward, and the backward on the side stream: beside it or, where it may not be, behind it."""
+        side.follow()
+        started = Mark(self.device)
+        self._forward(0, batch, forwards, Progress(), flight)
+        forwarded = Mark(self.device)
+        if batch.interference is None:
+            side.follow()
+        with side.beside():
+            begun = Mark(self.device)
+            for step in batch.backwards:
+                work = partial(self._trainer(step).backward, step.window)
+                self._guarded(step.job.job_id, flight, work)
+            ended = Mark(self.device)
+        side.join()
+        flight.num_steps = len(batch.backwards)
+        flight.lanes = [OverlapMarks(started, forwarded, begun, ended, batch.interference)]
 
     # --- lanes
 

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 
 from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow
-from services.gpu_worker.engine.fit import SHORT, SMALL, Extent, Span, agrees, fit
+from services.gpu_worker.engine.fit import LARGE, SHORT, SMALL, Extent, Span, agrees, fit
+from services.gpu_worker.engine.in_flight import RunResult
+from services.gpu_worker.engine.interference import (
+    ONE_AFTER_THE_OTHER,
+    BackwardStream,
+    Interference,
+    Overlap,
+    choose,
+)
 from services.gpu_worker.engine.latency import LatencyModel
 from services.gpu_worker.engine.model_runner import ModelRunner
 from services.gpu_worker.engine.profile_cache import ProfileCache
@@ -25,6 +33,8 @@ log = logging.getLogger(__name__)
 REPEATS = 3
 ENOUGH_MS = 200.0  # what takes longer is repeated once only
 WARM_UP_S = 3.0  # at most
+IN_A_ROW = 3  # iterations that are launched before one is waited for
+MOST_STEPS = 64  # beside one forward
 BUDGET_MS = 10_000.0  # after which nothing is repeated: on a machine so busy only the correction can help
 
 
@@ -50,6 +60,18 @@ def profile(
         if cache:
             cache.save(model, group)
         return model
+    finally:
+        machine.close()
+
+
+def measure_interference(
+    runner: ModelRunner, extent: Extent, policies: LayerPolicies, choice: BackwardStream
+) -> Interference | None:
+    """What it means for decodes and a backward to run at once, on a runner that has a side stream; None where they had
+    better not. Uses blocks of the cache as `profile` does."""
+    machine = ModelMachine(runner, extent, policies)
+    try:
+        return choose(choice, *machine.overlap(extent))
     finally:
         machine.close()
 
@@ -103,6 +125,35 @@ class ModelMachine:
 
     def optimizer(self) -> float:
         return self._fastest(partial(self._trainers[0].parameters.step, 0.0))
+
+    def overlap(self, extent: Extent) -> tuple[Overlap, Overlap]:
+        """Decodes, and steps of the backward that take about as long: alone, then at once."""
+        context = max(SHORT, min(extent.context, extent.keys // extent.decodes) // 2)
+        decodes = [self._request(i, context, context - 1) for i in range(extent.decodes)]
+        job = self._trainers[0].job
+        step = JobWindow(job, job.sequence, Window(0, min(LARGE, extent.window), self._last_layer))
+        forward_ms = self._overlap(Batch(decodes=decodes)).forward_ms
+        count = round(forward_ms / self._overlap(Batch(backwards=[step])).backward_ms)
+        steps = [step] * min(MOST_STEPS, max(1, count))
+        alone = Overlap(forward_ms, self._overlap(Batch(backwards=steps)).backward_ms)
+        both = Batch(decodes=decodes, backwards=steps, interference=ONE_AFTER_THE_OTHER)
+        return alone, self._overlap(both)
+
+    def _overlap(self, batch: Batch) -> Overlap:
+        """Of the fastest of a few iterations, launched in a row so that the device need not wait for the host; the
+        first ones find kernels and graphs to be made."""
+        found: list[Overlap] = []
+        for _ in range(REPEATS):
+            flights = [self._runner.launch(batch) for _ in range(IN_A_ROW)]
+            found += [self._found(flight.collect()) for flight in flights]
+        return min(found, key=lambda each: each.span_ms)
+
+    def _found(self, result: RunResult) -> Overlap:
+        for _, error in result.failures:
+            raise error
+        (lane,) = result.timing.lanes
+        both_ms = lane.forward_ms + lane.backward_ms - result.timing.total_ms
+        return Overlap(lane.forward_ms, lane.backward_ms, max(0.0, both_ms))
 
     def _run(self, decodes: int, context: int, prompts: Sequence[Span], windows: Sequence[Span]) -> None:
         batch = Batch(decodes=[self._request(i, context, context - 1) for i in range(decodes)])
