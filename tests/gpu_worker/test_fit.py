@@ -184,3 +184,21 @@ def test_a_kept_model_holds_for_a_machine_as_fast(slowness: float, holds: bool) 
 def test_a_kept_model_does_not_hold_where_training_alone_has_changed() -> None:
     model = fit(VirtualMachine(), EXTENT)
     assert not agrees(VirtualMachine(first_training_ms=60.0), EXTENT, model)
+
+
+def test_forwards_longer_than_any_iteration_are_not_measured_but_foreseen() -> None:
+    taken: list[float] = []
+
+    @dataclass(slots=True)
+    class Watched(VirtualMachine):
+        def forward(self, **work: Any) -> float:
+            taken.append(VirtualMachine.forward(self, **work))
+            return taken[-1]
+
+    machine, extent = Watched(slowness=4.0), replace(EXTENT, rows=4096, sequence=4096)
+    model = fit(machine, extent)
+    assert 500 < max(taken) < 1000
+    whole = [(0, 800)]
+    assert model.table_forward_ms(work_of(prompts=whole)) == pytest.approx(
+        machine.forward(prompts=whole), rel=0.2
+    )

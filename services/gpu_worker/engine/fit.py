@@ -11,6 +11,7 @@ from services.gpu_worker.engine.latency import Curve, LatencyModel, Work
 Span = tuple[int, int]  # tokens [start, end) of a sequence
 SHORT = 16  # tokens of a context whose keys do not count
 SMALL, LARGE = 32, 256  # tokens of windows that are measured beside others
+LONG_MS = 500.0  # iterations are shorter
 FACTOR = 1.5  # by which a kept model may be off in either direction: more is another machine, or a busy one
 
 
@@ -60,10 +61,11 @@ def fit(machine: Machine, extent: Extent) -> LatencyModel:
     model = LatencyModel(
         optimizer_ms=machine.optimizer(),
         backward=_curve(windows, lambda n: machine.backward(0, n)),
-        forward=_curve(alone, lambda n: machine.forward(prompts=[(0, n)])),
+        forward=_forwards(alone, lambda n: machine.forward(prompts=[(0, n)])),
         training=Curve([0], [0.0]),
         decodes=_curve(counts, lambda n: machine.forward(decodes=n)),
     )
+    windows = [n for n in windows if n <= model.forward.sizes[-1]]
     model.training = _curve(windows, lambda n: machine.forward(windows=[(0, n)]) - model.forward(n))
     model.keys = _keys(machine, extent, model)
     model.pairs = _pairs(
@@ -89,6 +91,16 @@ def agrees(machine: Machine, extent: Extent, model: LatencyModel) -> bool:
             (model.backward(window), machine.backward(0, window)),
         )
     )
+
+
+def _forwards(points: list[int], measure: Callable[[int], float]) -> Curve:
+    """As far as an iteration may get: what takes longer goes on from there as it rose before."""
+    times_ms: list[float] = []
+    for n in points:
+        times_ms.append(measure(n))
+        if times_ms[-1] > LONG_MS and len(times_ms) > 1:
+            break
+    return Curve(points[: len(times_ms)], times_ms)
 
 
 def _curve(points: list[int], measure: Callable[[int], float]) -> Curve:
