@@ -34,7 +34,8 @@ HEAD = """# Plans
 What `flexllm plan` says of four models, and what each of its steps saves. Written by `make docs-plans`; nothing
 here is measured on a GPU or copied from anywhere: tensors and FLOPs are read off the compiled graphs, sizes come
 from the engine's own code, and the baseline's from transformers and peft themselves, both run on tensors that
-hold nothing (`services/gpu_worker/dry_run.py`, `services/gpu_worker/baseline.py`).
+hold nothing (`services/gpu_worker/dry_run.py`, `services/gpu_worker/baseline.py`). Ours are with Triton's kernels,
+as a GPU runs them: attention masks nothing and gathers no keys (`services/gpu_worker/kernels/allocations.py`).
 
 All are in bfloat16 for one sequence of 8,192 tokens; LoRA is of rank 16 on every linear, IA3 on k, v and down,
 serial bottleneck adapters of size 64 on o and down. Weights, adapters and optimizer are the same for everybody

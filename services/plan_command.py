@@ -60,6 +60,10 @@ def plan(
     virtual_tokens: Annotated[int | None, typer.Option(help="Of prefix and prompt tuning.")] = None,
     tp: Annotated[int, typer.Option(min=1, help="Ranks that share the model.")] = 1,
     hardware: Annotated[Literal["h200", "a100", "cpu"], typer.Option(help="Prices of layouts.")] = "h200",
+    kernels: Annotated[
+        Literal["auto", "triton", "torch"],
+        typer.Option(help="Whose memory is counted; auto: the hardware's."),
+    ] = "auto",
     seq: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a sequence.", show_default=str(USUAL_TOKENS))
     ] = None,
@@ -148,6 +152,7 @@ def parse_request(options: dict[str, Any]) -> Request:
         quantise=options["quantise"],
         budget_bytes=None if budget is None else int(budget * 2**30),
         dropout=getattr(spec, "dropout", 0.0),
+        kernels=options["kernels"],
         **given_window,
     )
 

@@ -206,7 +206,7 @@ def _sequence_rows(memory: MemoryPlan) -> list[tuple[str, str, int]]:
         ("keys and values", f"{memory.kv_bytes_per_token:,} bytes a token, in the cache", memory.kv_bytes),
         ("gradient of the residual stream", "one for all layers", sequence.residual_gradient_bytes),
         ("gradients of keys and values", "float32, one layer's at a time", sequence.kv_gradient_bytes),
-        ("causal masks", "of all windows", sequence.mask_bytes),
+        ("causal masks", "of all windows; Triton's kernels need none", sequence.mask_bytes),
         ("forward window", "one layer", window.forward_bytes),
         ("backward window", "one layer", window.backward_bytes),
         ("loss of a window", "logits in pieces", window.loss_bytes),

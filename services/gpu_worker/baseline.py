@@ -11,6 +11,7 @@ import importlib
 import math
 import warnings
 import weakref
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -174,10 +175,11 @@ def _storage_key(tensor: Tensor) -> int:
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that operations make while it is entered: those alive `now`, and at the `peak`."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Iterable[Tensor] = ()) -> None:
+        """Those of `given`, which outlive it, count nowhere, whoever makes tensors of them."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._known: set[int] = {_storage_key(tensor) for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {_storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}

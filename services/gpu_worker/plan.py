@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from services.gpu_worker.compiler.parallelize import BypassPlan
 from services.gpu_worker.compiler.plan import TensorPlan
-from services.gpu_worker.dry_run import Form, SequenceBytes, WindowBytes
+from services.gpu_worker.dry_run import Form, SequenceBytes
+from services.gpu_worker.dry_window import WindowBytes
 from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.kernels.backend import KernelChoice
 from services.gpu_worker.model.peft import Method
 from services.gpu_worker.savings import Flops, Step
 
@@ -30,6 +33,7 @@ class Request:
     quantise: Form = "none"
     budget_bytes: int | None = None  # of a sequence's activations on a rank, keys and values not included
     dropout: float = 0.0
+    kernels: KernelChoice = "auto"  # of the hardware: Triton's on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,23 @@ class CandidatePlan:
     step_collectives: tuple[str, ...]
     cost_us_per_iteration: float
     trainable_bytes_per_rank: int  # with gradients and the optimizer's state
+
+
+def candidate_plans(bypass: BypassPlan) -> list[CandidatePlan]:
+    return [
+        CandidatePlan(
+            site=bypass.site.name,
+            targets=bypass.site.targets,
+            name=candidate.name,
+            is_chosen=candidate is bypass.chosen,
+            forward_collectives=tuple(map(str, candidate.forward_collectives)),
+            backward_collectives=tuple(map(str, candidate.backward_collectives)),
+            step_collectives=tuple(f"{step.collective} of {step.subject}" for step in candidate.steps),
+            cost_us_per_iteration=candidate.cost_us,
+            trainable_bytes_per_rank=candidate.weight_bytes,
+        )
+        for candidate in bypass.candidates
+    ]
 
 
 @dataclass(frozen=True, slots=True)

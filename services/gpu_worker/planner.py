@@ -4,13 +4,14 @@ that hold nothing."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 
 from services.gpu_worker.baseline import BaselineUnavailable
 from services.gpu_worker.compiler.flops import backward_flops, forward_flops, head_flops
 from services.gpu_worker.compiler.parallel_cost import A100_NVLINK, CPU_GLOO, H200_NVLINK, Hardware, Workload
-from services.gpu_worker.compiler.parallelize import BypassPlan, ParallelPlan, parallelize
+from services.gpu_worker.compiler.parallelize import ParallelPlan, parallelize
 from services.gpu_worker.compiler.plan import TensorPlan, num_backward_operations, tensor_plans
 from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.compiler.rematerialize import Policy, policy_keeping
@@ -24,9 +25,11 @@ from services.gpu_worker.dry_run import (
     sequence_bytes,
     trainable_bytes,
     weight_bytes,
-    window_bytes,
 )
+from services.gpu_worker.dry_window import window_bytes
 from services.gpu_worker.finetune.policies import LayerPolicies, fit
+from services.gpu_worker.kernels.allocations import planned_kernels
+from services.gpu_worker.kernels.backend import TORCH, Kernels
 from services.gpu_worker.model.config import ModelConfig, UnsupportedModel
 from services.gpu_worker.model.layouts import ONE_RANK, Layout
 from services.gpu_worker.model.peft import check_method, num_virtual_tokens
@@ -41,6 +44,7 @@ from services.gpu_worker.plan import (
     RankPlan,
     Request,
     WeightPlan,
+    candidate_plans,
 )
 from services.gpu_worker.savings import Ablation, Flops, Step, baselines, recomputed_flops
 
@@ -61,8 +65,9 @@ class Planner:
         check_method(request.method, self.config)
         self._check_lengths()
         prepare_forms()
-        self.compiled = self._compile(ONE_RANK)
-        self.of_rank = self._compile(self.parallel.layout)
+        self.kernels = planned_kernels(request.kernels, request.hardware != "cpu")
+        self.compiled = self._compile(ONE_RANK, self.kernels)
+        self.of_rank = self._compile(self.parallel.layout, self.kernels)
         self.sizes = Sizes.of(self.config, request.sequence_tokens)
 
     def _check_lengths(self) -> None:
@@ -73,7 +78,7 @@ class Planner:
                 f"method takes {num_virtual_tokens(request.method)}"
             )
 
-    def _compile(self, layout: Layout) -> CompiledMethod:
+    def _compile(self, layout: Layout, kernels: Kernels) -> CompiledMethod:
         request = self.request
         return CompiledMethod(
             self.config,
@@ -82,6 +87,7 @@ class Planner:
             sequence_length=request.sequence_tokens,
             dropout=request.dropout > 0,
             layout=layout,
+            kernels=kernels,
         )
 
     @property
@@ -132,8 +138,9 @@ class Planner:
 
     @property
     def programs(self) -> dict[str, str]:
-        """The source of a rank's backward programs, by the layers that run them."""
-        policies, found = self.rank_policies, {}
+        """The source of a rank's backward programs over torch's functions, by the layers that run them."""
+        policies = replace(self.rank_policies, compiled=self._compile(self.parallel.layout, TORCH))
+        found = {}
         if not policies.compiled.trains_layers:
             return {}
         for _, run in groupby(range(len(policies.chosen)), lambda i: (policies.chosen[i], i == 0)):
@@ -211,7 +218,7 @@ class Planner:
             activation_bytes=policies.reserve.bytes_per_token(request.dtype) * tokens,
             kv_bytes=cache * tokens,
             kv_bytes_per_token=cache,
-            sequence=sequence_bytes(config, request.dtype, tokens, window),
+            sequence=sequence_bytes(config, request.dtype, tokens, window, self.kernels),
             window=window_bytes(policies, request.quantise, tokens, window, request.dropout),
         )
 
@@ -279,20 +286,3 @@ class Planner:
         weights = weight_bytes(config, request.dtype, request.quantise)
         memory = self.memory(self.rank_policies)
         return RankPlan(weights, self._second_layout(config), self.adapter(self.of_rank.layout), memory)
-
-
-def candidate_plans(bypass: BypassPlan) -> list[CandidatePlan]:
-    return [
-        CandidatePlan(
-            site=bypass.site.name,
-            targets=bypass.site.targets,
-            name=candidate.name,
-            is_chosen=candidate is bypass.chosen,
-            forward_collectives=tuple(map(str, candidate.forward_collectives)),
-            backward_collectives=tuple(map(str, candidate.backward_collectives)),
-            step_collectives=tuple(f"{step.collective} of {step.subject}" for step in candidate.steps),
-            cost_us_per_iteration=candidate.cost_us,
-            trainable_bytes_per_rank=candidate.weight_bytes,
-        )
-        for candidate in bypass.candidates
-    ]

@@ -14,7 +14,8 @@ from services.gpu_worker.baseline import (
     checkpointing_bytes,
     logits_bytes,
 )
-from services.gpu_worker.dry_run import Form, sequence_bytes, window_bytes
+from services.gpu_worker.dry_run import Form, sequence_bytes
+from services.gpu_worker.dry_window import window_bytes
 from services.gpu_worker.finetune.policies import LayerPolicies, worthwhile
 from services.gpu_worker.model.peft import BottleneckConfig, Method
 
@@ -118,7 +119,8 @@ class Ablation:
     def _step(self, name: str, policies: LayerPolicies, in_windows: bool = False) -> Step:
         compiled = self.policies.compiled
         window = self.window if in_windows else self.num_tokens
-        held = sequence_bytes(compiled.config, compiled.dtype, self.num_tokens, window).total
+        sizes = compiled.dtype, self.num_tokens, window, compiled.kernels
+        held = sequence_bytes(compiled.config, *sizes).total
         loss = None if in_windows else logits_bytes(self.hf_config, self.num_tokens, compiled.dtype).peak
         peak = window_bytes(policies, self.form, self.num_tokens, window, self.dropout, loss).peak
         kept = policies.reserve.bytes_per_token(compiled.dtype) * self.num_tokens + self.cache_bytes

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from services.api.metrics import Metrics
-from services.gpu_worker.dry_run import window_bytes
+from services.gpu_worker.dry_window import window_bytes
 from services.gpu_worker.engine.batch import Batch
 from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.in_flight import InFlight

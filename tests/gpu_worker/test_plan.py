@@ -21,6 +21,7 @@ from services.gpu_worker.compiler.rematerialize import policy_keeping
 from services.gpu_worker.compiler.sizes import Sizes
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
 from services.gpu_worker.finetune.trainer import Trainer, examples_of
+from services.gpu_worker.kernels.backend import TORCH
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.linear import DenseLinear
 from services.gpu_worker.kernels.quantised import SCHEMES, quantise
@@ -51,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_planner(folder: Path, method: Method, **changes: Any) -> Planner:
     config = json.loads((folder / "config.json").read_text())
     settings: dict[str, Any] = {
-        "dtype": torch.float32, "sequence_tokens": NUM_TOKENS, "window_tokens": WINDOW
+        "dtype": torch.float32, "sequence_tokens": NUM_TOKENS, "window_tokens": WINDOW, "kernels": "torch"
     }  # fmt: skip
     return Planner(Request("tiny", config, method, **(settings | changes)))
 
@@ -181,6 +182,26 @@ def test_an_8b_model_is_named_with_its_baselines_and_saves_what_it_says() -> Non
     assert plan.memory.peak_bytes == windows.peak_bytes
     assert plan.operations.before_pruning > plan.operations.after_pruning
     assert plan.operations.after_pruning > plan.operations.after_pruning_in_first_layer
+
+
+def test_kernels_of_a_gpu_hold_neither_masks_nor_gathered_keys() -> None:
+    """Which are those of a plan for a GPU, and not of one for a CPU."""
+    on_gpu, forced, on_cpu = (
+        large("Llama-3.1-8B", **changes)
+        for changes in ({}, {"kernels": "torch"}, {"kernels": "auto", "hardware": "cpu"})
+    )
+    found, of_torch = (planner.memory(planner.policies) for planner in (on_gpu, forced))
+    tokens, window, heads = 8192, on_gpu.window, 4
+    masks = sum(heads * end * window * 2 for end in range(tokens, 0, -window))
+    assert (found.sequence.mask_bytes, of_torch.sequence.mask_bytes) == (0, masks)
+    gathered = 2 * 8192 * 1024 * 2
+    assert found.window.backward_bytes < of_torch.window.backward_bytes - gathered
+    assert found.activation_bytes == of_torch.activation_bytes
+    assert found.peak_bytes < of_torch.peak_bytes - masks
+    assert on_cpu.kernels is TORCH and on_gpu.kernels.is_triton
+    assert on_gpu.programs == forced.programs
+    with pytest.raises(ValueError, match="kernels 'cuda' are none of auto, triton, torch"):
+        large("Llama-3.1-8B", kernels="cuda")
 
 
 # --- what the engine does

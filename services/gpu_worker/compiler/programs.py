@@ -93,7 +93,7 @@ class CompiledMethod:
     ) -> None:
         self.config, self.method, self.dtype = shard_config(config, layout.tp), method, dtype
         self.whole, self.layout = config, layout
-        self._dropout, self._kernels = dropout, kernels
+        self._dropout, self.kernels = dropout, kernels
         self._sizes = Sizes.of(self.config, sequence_length)
         self._keepable = self._keepable_labels()
         self._programs: dict[tuple[Policy, bool], Program] = {}
@@ -178,9 +178,9 @@ class CompiledMethod:
         if key not in self._programs:
             joint = self._joint_of(bottom)
             graph = emit_backward(joint, self._nodes(joint, policy))
-            if self._kernels.is_triton:
+            if self.kernels.is_triton:
                 fuse_backward(graph)
-            self._programs[key] = compile_graph(graph, self._kernels)
+            self._programs[key] = compile_graph(graph, self.kernels)
         return self._programs[key]
 
     def _joint_of(self, bottom: bool) -> JointGraph:

@@ -139,7 +139,7 @@ def _explained(kernel: Callable[..., Result]) -> Callable[..., Result]:
     """The kernel, whose failures say what it was given and what to do."""
     from triton.errors import TritonError
 
-    from services.gpu_worker.kernels.triton.common import UnsupportedShape
+    from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 
     @functools.wraps(kernel)
     def call(*args: Any, **options: Any) -> Result:

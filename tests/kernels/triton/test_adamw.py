@@ -11,7 +11,8 @@ from torch import Tensor
 from services.gpu_worker.kernels import adamw as torch_twin
 from services.gpu_worker.kernels.adamw import AdamW, clip_factor
 from services.gpu_worker.kernels.triton import adamw as kernels
-from services.gpu_worker.kernels.triton.common import INTERPRETED, UnsupportedShape
+from services.gpu_worker.kernels.triton.common import INTERPRETED
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 from tests.kernels.triton.twins import DTYPES, Numbers, relative_error
 
 STEPS = 6

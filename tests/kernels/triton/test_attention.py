@@ -11,7 +11,7 @@ from services.gpu_worker.kernels import paged_attention as plain
 from services.gpu_worker.kernels.paged_attention import Run
 from services.gpu_worker.kernels.triton import attention as fused
 from services.gpu_worker.kernels.triton.attention_tiles import Shapes
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 from tests.kernels.paged_batches import PagedCase, attention, make_case
 from tests.kernels.triton.twins import ACCURACY, DTYPES, relative_error
 

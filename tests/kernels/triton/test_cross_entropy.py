@@ -15,7 +15,7 @@ from services.gpu_worker.kernels.cross_entropy import MAX_LOGITS, LowRankHead
 from services.gpu_worker.kernels.linear import DenseLinear
 from services.gpu_worker.kernels.quantised import quantise
 from services.gpu_worker.kernels.triton import cross_entropy as kernels
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 from tests.kernels.triton.twins import DTYPES, Numbers, assert_close
 
 DENOMINATOR = 7.0

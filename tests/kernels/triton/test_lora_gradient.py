@@ -13,7 +13,7 @@ from torch import Tensor
 from services.gpu_worker.kernels import bypass as torch_twin
 from services.gpu_worker.kernels.bypass import BlockGradient
 from services.gpu_worker.kernels.triton import lora_gradient as kernel
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 from tests.kernels.triton.twins import DTYPES, Numbers, assert_close
 
 both = pytest.mark.parametrize("ops", [torch_twin, kernel], ids=["torch", "triton"])

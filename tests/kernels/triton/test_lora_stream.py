@@ -10,7 +10,7 @@ import torch
 from services.gpu_worker.kernels import lora_stream as torch_twin
 from services.gpu_worker.kernels.lora_stream import LoraPairs, LoraStream, StreamRun
 from services.gpu_worker.kernels.triton import lora_stream as kernel
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 from tests.kernels.triton.twins import DTYPES, Numbers, assert_close
 
 both = pytest.mark.parametrize("ops", [torch_twin, kernel], ids=["torch", "triton"])

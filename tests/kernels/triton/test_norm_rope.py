@@ -12,7 +12,7 @@ from torch import Tensor
 from services.gpu_worker.kernels import kv_cache as torch_cache
 from services.gpu_worker.kernels import norm_rope as torch_twins
 from services.gpu_worker.kernels.triton import activation, kv_cache, norm_rope
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 from tests.kernels.triton.twins import DTYPES, Numbers, assert_close
 
 EPS = 1e-5

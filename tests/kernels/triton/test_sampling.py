@@ -14,7 +14,7 @@ from services.gpu_worker.engine.sequence import Sampling, Sequence
 from services.gpu_worker.kernels import sampling as torch_twin
 from services.gpu_worker.kernels.sampling import SamplingRows
 from services.gpu_worker.kernels.triton import sampling as kernels
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 from tests.kernels.triton.twins import Numbers
 
 both = pytest.mark.parametrize("ops", [torch_twin, kernels], ids=["torch", "triton"])

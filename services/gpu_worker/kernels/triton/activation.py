@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
 from services.gpu_worker.kernels.triton.configure import configure
 from services.gpu_worker.kernels.triton.rows import Rows, check_shape, rows_of
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 
 FEATURES = 1024  # of a row, a program
 

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from services.gpu_worker.kernels.adamw import AdamW
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
 from services.gpu_worker.kernels.triton.configure import configure
 from services.gpu_worker.kernels.triton.rows import check_floats, check_shape
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 
 BLOCK = 1024  # numbers that a program moves
 

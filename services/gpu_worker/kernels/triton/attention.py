@@ -22,10 +22,8 @@ from services.gpu_worker.kernels.triton.attention_tiles import (
     LOG2E,
     MERGE_COLUMNS,
     TILE_COLUMNS,
-    Form,
     Shapes,
-    Tiles,
-    query_tiles,
+    forward_tiles,
 )
 from services.gpu_worker.kernels.triton.common import Configuration, dot, pointer
 
@@ -226,7 +224,7 @@ def paged_attention(q_NHE: Tensor, keys: Tensor, values: Tensor, batch: PagedBat
     n, h, e = q_NHE.shape
     out = q_NHE.new_empty(n, h * e)
     lse = q_NHE.new_empty(n, h, dtype=torch.float32)
-    for form, tiles in batch.plan(("forward", shapes), lambda: _tiles(batch, shapes)):
+    for form, tiles in batch.plan(("forward", shapes), lambda: forward_tiles(batch, shapes)):
         parts = out.new_empty(tiles.num_parts, shapes.num_kv_heads, form.rows, e, dtype=torch.float32)
         part_lse = parts.new_empty(parts.shape[:-1])
         _forward[(len(tiles.tiles), shapes.num_kv_heads)](
@@ -239,14 +237,6 @@ def paged_attention(q_NHE: Tensor, keys: Tensor, values: Tensor, batch: PagedBat
                 BM=form.rows, **shapes.row_constants, num_warps=form.num_warps,
             )  # fmt: skip
     return out, lse
-
-
-def _tiles(batch: PagedBatch, shapes: Shapes) -> list[tuple[Form, Tiles]]:
-    """The launches that a batch needs."""
-    small, large = shapes.forward_forms()
-    fits = [run.num_tokens * shapes.group <= small.rows for run in batch.runs]
-    runs = {form: [i for i, fit in enumerate(fits) if fit is (form is small)] for form in (small, large)}
-    return [(form, query_tiles(batch, shapes.group, form, own)) for form, own in runs.items() if own]
 
 
 def _configurations() -> Iterator[Configuration]:

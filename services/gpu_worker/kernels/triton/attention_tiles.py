@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.kernels.paged_attention import PagedBatch, Run
-from services.gpu_worker.kernels.triton.common import TYPES, UnsupportedShape
+from services.gpu_worker.kernels.triton.sizes import TYPES, UnsupportedShape
 
 TILE_COLUMNS = 5
 MERGE_COLUMNS = 4
@@ -189,6 +189,14 @@ def _tokens(run: Run, step: int) -> Iterator[tuple[int, int]]:
     """First token of each tile, and the end of the keys that its last one sees."""
     for token in range(0, run.num_tokens, step):
         yield token, run.num_before + min(token + step, run.num_tokens)
+
+
+def forward_tiles(batch: PagedBatch, shapes: Shapes) -> list[tuple[Form, Tiles]]:
+    """The launches that attention over a batch needs."""
+    small, large = shapes.forward_forms()
+    fits = [run.num_tokens * shapes.group <= small.rows for run in batch.runs]
+    runs = {form: [i for i, fit in enumerate(fits) if fit is (form is small)] for form in (small, large)}
+    return [(form, query_tiles(batch, shapes.group, form, own)) for form, own in runs.items() if own]
 
 
 def key_tiles(batch: PagedBatch, form: Form) -> Tensor:

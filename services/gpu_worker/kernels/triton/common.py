@@ -10,22 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from services.gpu_worker.kernels.triton.sizes import TYPES
+
 # the decorator has looked at the same knob, so a kernel knows which way it runs
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-}
-
-
-class UnsupportedShape(ValueError):
-    """A kernel that was asked for has no form for these shapes or types."""
 
 
 @triton.jit

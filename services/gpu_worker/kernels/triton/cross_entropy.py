@@ -20,13 +20,13 @@ from torch import Tensor
 from services.gpu_worker.kernels.bypass import BlockGradient
 from services.gpu_worker.kernels.cross_entropy import MAX_LOGITS, CrossEntropy, LowRankHead
 from services.gpu_worker.kernels.linear import FrozenLinear
-from services.gpu_worker.kernels.triton.common import Configuration, UnsupportedShape, dot
+from services.gpu_worker.kernels.triton.common import Configuration, dot
 from services.gpu_worker.kernels.triton.configure import configure
 from services.gpu_worker.kernels.triton.lora_gradient import accumulate_blocks, accumulate_product
 from services.gpu_worker.kernels.triton.rows import check_floats, check_shape
+from services.gpu_worker.kernels.triton.sizes import LOSS_ROWS, LOSS_TOKENS, UnsupportedShape, loss_piece
 
-MOST_ROWS = 1024  # that one launch measures
-TOKENS = 128  # of the vocabulary, a program
+MOST_ROWS, TOKENS = LOSS_ROWS, LOSS_TOKENS
 RANKS = 16  # of the head's adapter, that a program multiplies at a time
 
 
@@ -244,7 +244,7 @@ class _Rows:
     def add_gradient(self, dx: Tensor, lse: Tensor, denominator: float, max_logits: int) -> None:
         """`dx` += the gradient of the losses over `denominator`, piece by piece of the vocabulary."""
         (num_rows, vocabulary, *_), options = self._sizes, self._options
-        piece = min(vocabulary, max(TOKENS, max_logits // num_rows // TOKENS * TOKENS))
+        piece = loss_piece(vocabulary, num_rows, max_logits)
         memory = torch.empty(num_rows * piece, dtype=self.x.dtype, device=self.x.device)
         d_low = None if self.low is None else torch.zeros_like(self.low, dtype=torch.float32)
         for first in range(0, vocabulary, piece):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.gpu_worker.kernels.triton.common import Configuration, UnsupportedShape
+from services.gpu_worker.kernels.triton.common import Configuration
 from services.gpu_worker.kernels.triton.configure import configure
 from services.gpu_worker.kernels.triton.rows import (
     check_rotation,
@@ -17,6 +17,7 @@ from services.gpu_worker.kernels.triton.rows import (
     rows_of,
     tile_of,
 )
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from services.gpu_worker.kernels.bypass import BlockGradient
-from services.gpu_worker.kernels.triton.common import Configuration, UnsupportedShape, dot
+from services.gpu_worker.kernels.triton.common import Configuration, dot
 from services.gpu_worker.kernels.triton.configure import configure
 from services.gpu_worker.kernels.triton.rows import check_floats, check_shape
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 
 MOST_BLOCKS = 3  # a linear computes no more projections
 FEATURES = 64  # of a program: a linear of a few thousand has programs for all of a GPU

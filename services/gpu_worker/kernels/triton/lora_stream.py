@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from services.gpu_worker.kernels.lora_stream import LoraStream, StreamRun
-from services.gpu_worker.kernels.triton.common import Configuration, UnsupportedShape, dot
+from services.gpu_worker.kernels.triton.common import Configuration, dot
 from services.gpu_worker.kernels.triton.configure import configure
 from services.gpu_worker.kernels.triton.rows import check_floats
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 
 FEW_ROWS, MANY_ROWS = 16, 64  # of a tile, by the runs' mean length
 FEW_RANKS, MANY_RANKS = 16, 32  # of a tile, by the largest

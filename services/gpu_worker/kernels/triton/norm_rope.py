@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.gpu_worker.kernels.triton.common import Configuration, UnsupportedShape
+from services.gpu_worker.kernels.triton.common import Configuration
 from services.gpu_worker.kernels.triton.configure import configure
 from services.gpu_worker.kernels.triton.rows import (
     check_rotation,
@@ -21,6 +21,7 @@ from services.gpu_worker.kernels.triton.rows import (
     rows_of,
     tile_of,
 )
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 1 << 16  # a row that one program holds

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from services.gpu_worker.kernels import sampling
 from services.gpu_worker.kernels.sampling import SamplingRows
-from services.gpu_worker.kernels.triton.common import UnsupportedShape
 from services.gpu_worker.kernels.triton.configure import configure
 from services.gpu_worker.kernels.triton.rows import check_shape
+from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 
 BLOCK = 4096  # tokens that a program looks at at a time
 CANDIDATES = 8192  # likely tokens of a row that there is room for
