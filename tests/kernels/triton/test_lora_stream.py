@@ -65,6 +65,34 @@ def test_each_run_gets_its_own_adapter_in_every_linear(
                 assert torch.equal(y[free], before[free])
 
 
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [kernel.PART, 2 * kernel.PART + 8])
+def test_features_of_wide_rows_are_summed_in_parts(
+    ops: Any, dtype: torch.dtype, width: int, device: torch.device
+) -> None:
+    draw = Numbers(dtype, device)
+    pairs = [(draw(rank, width, scale=width**-0.5), draw(24, rank, scale=0.5)) for rank in (3, 20)]
+    runs = tuple(StreamRun(i, i + 1, LoraPairs([[pair]])) for i, pair in enumerate(pairs))
+    x, y = draw(2, width), draw(2, 24)
+    exact = y.double()
+    for row, (a, b) in enumerate(pairs):
+        exact[row] += b.double() @ (a.double() @ x[row].double())
+    assert_close(ops.add_low_rank_(y, x, LoraStream(runs, device), 0, 0), exact, dtype, ROUNDINGS)
+
+
+def test_a_row_is_the_same_bits_whoever_else_is_in_the_stream(device: torch.device) -> None:
+    draw = Numbers(torch.float16, device)
+    width = 2 * kernel.PART
+    pairs = LoraPairs([[(draw(8, width, scale=width**-0.5), draw(16, 8, scale=0.5))]])
+    others = LoraPairs([[(draw(20, width, scale=width**-0.5), draw(16, 20, scale=0.5))]])
+    x, y = draw(40, width), draw(40, 16)
+    together = (StreamRun(0, 39, others), StreamRun(39, 40, pairs))
+    found = kernel.add_low_rank_(y.clone(), x, LoraStream(together, device), 0, 0)[39:]
+    alone = kernel.add_low_rank_(y[39:].clone(), x[39:], LoraStream((StreamRun(0, 1, pairs),), device), 0, 0)
+    assert torch.equal(found, alone)
+
+
 def test_pairs_are_never_read_for_rows_that_they_do_not_fit(device: torch.device) -> None:
     draw = Numbers(torch.float32, device)
     stream = make_stream(draw, device)

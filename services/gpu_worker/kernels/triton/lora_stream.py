@@ -3,6 +3,10 @@
 Adapters stay where they are: a table of addresses says where. A program does a tile of rows of one run, and as many of
 its ranks as the run has, so mixed ranks cost what they are; tiles are padded in registers alone. All linears share one
 table of tiles; an adapter that leaves a linear alone has the rank 0 there, and its tiles end at once.
+
+A few decodes are a few tiles, whose programs would go through a row of thousands of features one after the other while
+most of a GPU waits. So rows are cut, always at the same features, whoever else is in the batch; the second launch adds
+the parts in their order.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 FEW_ROWS, MANY_ROWS = 16, 64  # of a tile, by the runs' mean length
 FEW_RANKS, MANY_RANKS = 16, 32  # of a tile, by the largest
 WIDTH_TILE = 128  # features that a program multiplies or writes at a time
+PART = 2048  # features that one program of the first launch sums; a multiple of WIDTH_TILE
 TILE_COLUMNS = 3  # run, first row, end
 ADAPTER_COLUMNS = 5  # addresses of A and B, rank, first row, start in the flat intermediates `low`
 OF_TILE, OF_ADAPTER = tl.constexpr(TILE_COLUMNS), tl.constexpr(ADAPTER_COLUMNS)
@@ -40,7 +45,7 @@ def _weight(address, dtype, ALIGNED: tl.constexpr):
     return base
 
 
-@triton.jit(do_not_specialize=["tiles_ptr", "adapters_ptr"])
+@triton.jit(do_not_specialize=["tiles_ptr", "adapters_ptr", "low_size"])
 def _shrink_kernel(
     x_ptr,
     low_ptr,
@@ -48,36 +53,38 @@ def _shrink_kernel(
     adapters_ptr,
     x_stride,
     width,
+    low_size,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """low = x A^T: a tile of rows and `RANKS` ranks a program."""
+    """low[part] = x A^T over a part of the features, float32: a tile of rows and `RANKS` ranks a program."""
     tile = tiles_ptr + tl.program_id(0) * OF_TILE
-    end = tl.load(tile + 2)
+    first_row, end = tl.load(tile + 1), tl.load(tile + 2)
     adapter = adapters_ptr + tl.load(tile) * OF_ADAPTER
     rank = tl.load(adapter + 2).to(tl.int32)
     first_rank = tl.program_id(1) * RANKS
-    if first_rank < rank:
-        rows = tl.load(tile + 1) + tl.arange(0, ROWS)
+    if (first_rank < rank) & (first_row < end):
+        rows = first_row + tl.arange(0, ROWS)
         ranks = first_rank + tl.arange(0, RANKS)
         a = _weight(adapter, x_ptr.dtype.element_ty, ALIGNED)
         total = tl.zeros((ROWS, RANKS), tl.float32)
-        for start in range(0, width, COLUMNS):
+        begin = tl.program_id(2) * PART
+        for start in range(begin, tl.minimum(begin + PART, width), COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             inside = (rows < end)[:, None] & (columns < width)[None, :]
             x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0.0)
             inside = (columns < width)[:, None] & (ranks < rank)[None, :]
             place = a + ranks[None, :] * width + columns[:, None]
             total += dot(x, tl.load(place, mask=inside, other=0.0))
-        low = low_ptr + tl.load(adapter + 4) + (rows - tl.load(adapter + 3))[:, None] * rank + ranks[None, :]
-        tl.store(
-            low, total.to(low_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (ranks < rank)[None, :]
-        )
+        low = low_ptr + tl.program_id(2).to(tl.int64) * low_size + tl.load(adapter + 4)
+        low += (rows - tl.load(adapter + 3))[:, None] * rank + ranks[None, :]
+        tl.store(low, total, mask=(rows < end)[:, None] & (ranks < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["tiles_ptr", "adapters_ptr"])
+@triton.jit(do_not_specialize=["tiles_ptr", "adapters_ptr", "low_size", "num_parts"])
 def _expand_kernel(
     y_ptr,
     low_ptr,
@@ -85,12 +92,14 @@ def _expand_kernel(
     adapters_ptr,
     y_stride,
     width,
+    low_size,
+    num_parts,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """y += low B^T: a tile of rows and `COLUMNS` features a program."""
+    """y += (the sum of low's parts) B^T: a tile of rows and `COLUMNS` features a program."""
     tile = tiles_ptr + tl.program_id(0) * OF_TILE
     end = tl.load(tile + 2)
     adapter = adapters_ptr + tl.load(tile) * OF_ADAPTER
@@ -105,10 +114,13 @@ def _expand_kernel(
         for start in range(0, rank, RANKS):
             ranks = start + tl.arange(0, RANKS)
             inside = (rows < end)[:, None] & (ranks < rank)[None, :]
-            part = tl.load(low + ranks[None, :], mask=inside, other=0.0)
+            own = tl.load(low + ranks[None, :], mask=inside, other=0.0)
+            for part in range(1, num_parts):
+                place = low + tl.cast(part, tl.int64) * low_size + ranks[None, :]
+                own += tl.load(place, mask=inside, other=0.0)
             inside = (columns < width)[None, :] & (ranks < rank)[:, None]
             place = b + columns[None, :] * rank + ranks[:, None]
-            total += dot(part, tl.load(place, mask=inside, other=0.0))
+            total += dot(own.to(dtype), tl.load(place, mask=inside, other=0.0))
         inside = (rows < end)[:, None] & (columns < width)[None, :]
         place = y_ptr + rows[:, None] * y_stride + columns[None, :]
         y = tl.load(place, mask=inside, other=0.0).to(tl.float32) + total
@@ -180,18 +192,25 @@ def add_low_rank_(y: Tensor, x: Tensor, stream: LoraStream, layer: int, linear: 
     if not max_rank:
         return y
     x = _checked(y, x, tables, linear)
-    low = x.new_empty(tables.low_size)
+    num_parts = triton.cdiv(x.shape[1], PART)
+    low = x.new_empty(num_parts, tables.low_size, dtype=torch.float32)
     adapters = tables.adapters[layer, linear]
     ranks = FEW_RANKS if max_rank <= FEW_RANKS else MANY_RANKS
-    tile = {"ALIGNED": tables.aligned, "ROWS": tables.tile_rows, "RANKS": ranks, "COLUMNS": WIDTH_TILE}
-    num_tiles = len(tables.tiles)
-    _shrink_kernel[num_tiles, triton.cdiv(max_rank, ranks)](
-        x, low, tables.tiles, adapters, x.stride(0), x.shape[1], **tile
+    tile = _tile(tables.tile_rows, ranks) | {"ALIGNED": tables.aligned}
+    num_tiles, low_size = len(tables.tiles), tables.low_size
+    _shrink_kernel[num_tiles, triton.cdiv(max_rank, ranks), num_parts](
+        x, low, tables.tiles, adapters, x.stride(0), x.shape[1], low_size, PART=PART, **tile
     )
     _expand_kernel[num_tiles, triton.cdiv(y.shape[1], WIDTH_TILE)](
-        y, low, tables.tiles, adapters, y.stride(0), y.shape[1], **tile
+        y, low, tables.tiles, adapters, y.stride(0), y.shape[1], low_size, num_parts, **tile
     )
     return y
+
+
+def _tile(rows: int, ranks: int) -> dict[str, int]:
+    """Many rows of many ranks would not fit into the registers of four warps."""
+    warps = 8 if rows == MANY_ROWS else 4
+    return {"ROWS": rows, "RANKS": ranks, "COLUMNS": WIDTH_TILE, "num_warps": warps, "num_stages": 3}
 
 
 def _checked(y: Tensor, x: Tensor, tables: StreamTables, linear: int) -> Tensor:
@@ -211,12 +230,13 @@ def _checked(y: Tensor, x: Tensor, tables: StreamTables, linear: int) -> Tensor:
 
 
 def _configurations(rows: int, ranks: int, dtype: torch.dtype) -> list[Configuration]:
-    types = {"tiles_ptr": torch.int64, "adapters_ptr": torch.int64}
-    tile = {"ALIGNED": True, "ROWS": rows, "RANKS": ranks, "COLUMNS": WIDTH_TILE}
-    kernels = {"shrink": _shrink_kernel, "expand": _expand_kernel}
+    types = {"tiles_ptr": torch.int64, "adapters_ptr": torch.int64, "low_ptr": torch.float32}
+    tile = _tile(rows, ranks) | {"ALIGNED": True}
+    warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+    kernels = {"shrink": (_shrink_kernel, {"PART": PART}), "expand": (_expand_kernel, {})}
     return [
-        configure(f"lora_{name}-{rows}-{ranks}", kernel, tile, dtype, types=types)
-        for name, kernel in kernels.items()
+        configure(f"lora_{name}-{rows}-{ranks}", kernel, tile | own, dtype, warps, stages, types)
+        for name, (kernel, own) in kernels.items()
     ]
 
 
