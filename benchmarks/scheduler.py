@@ -18,7 +18,8 @@ from services.gpu_worker.engine.latency import Curve, LatencyModel
 from services.gpu_worker.engine.scheduler import Scheduler, SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling, Sequence
 from services.gpu_worker.engine.slo import SLO
-from services.gpu_worker.finetune.job import Examples, FinetuneJob, JobConfig
+from services.gpu_worker.finetune.job import FinetuneJob, JobConfig
+from services.gpu_worker.finetune.packing import Examples
 
 NUM_LAYERS, ITERATIONS, WARM_UP = 32, 1500, 100
 CLASSES = (SLO(25.0, 1000.0, 0), SLO(50.0, 2000.0, 1), SLO(400.0, 16000.0, 2))

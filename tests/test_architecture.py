@@ -35,6 +35,7 @@ TENSORLESS = (  # files that decide without tensors
     "engine/sequence.py",
     "engine/attainment.py",
     "finetune/job.py",
+    "finetune/packing.py",
     "compiler/parallelize.py",
     "compiler/parallel_sites.py",
     "compiler/parallel_cost.py",

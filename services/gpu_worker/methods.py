@@ -1,7 +1,8 @@
-"""From the wire's words for a PEFT method to the method that the engine computes."""
+"""From the wire's words for a PEFT method and a training to what the engine computes."""
 
 from __future__ import annotations
 
+from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.model.peft import (
     BottleneckConfig,
     Ia3Config,
@@ -10,6 +11,7 @@ from services.gpu_worker.model.peft import (
     PrefixConfig,
     PromptConfig,
 )
+from shared.messages import TrainSpec
 from shared.peft import BottleneckSpec, Ia3Spec, LoraSpec, PeftSpec, PrefixSpec, PromptSpec
 
 
@@ -30,3 +32,23 @@ def method_of(spec: PeftSpec) -> Method:
             return PrefixConfig(spec.num_virtual_tokens)
         case PromptSpec():
             return PromptConfig(spec.num_virtual_tokens)
+
+
+def job_config(spec: TrainSpec) -> JobConfig:
+    return JobConfig(
+        n_epochs=spec.n_epochs,
+        batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation_steps,
+        learning_rate=spec.learning_rate,
+        lr_schedule=spec.lr_schedule,
+        warmup_ratio=spec.warmup_ratio,
+        weight_decay=spec.weight_decay,
+        beta1=spec.beta1,
+        beta2=spec.beta2,
+        epsilon=spec.epsilon,
+        max_grad_norm=spec.max_grad_norm,
+        lora_dropout=spec.peft.dropout if isinstance(spec.peft, LoraSpec) else 0.0,
+        seed=spec.seed,
+        eval_every_steps=spec.eval_every_steps,
+        max_steps=spec.max_steps,
+    )

@@ -20,7 +20,8 @@ from services.gpu_worker.engine.memory import container_bytes, free_bytes, total
 from services.gpu_worker.engine.memory_watch import INTERVAL_S
 from services.gpu_worker.engine.pressure import Pressure
 from services.gpu_worker.engine.sequence import Sampling
-from services.gpu_worker.finetune.job import JobConfig, Phase, filled
+from services.gpu_worker.finetune.job import JobConfig, Phase
+from services.gpu_worker.finetune.packing import filled
 from services.gpu_worker.model.peft import (
     BottleneckConfig,
     Ia3Config,

@@ -12,7 +12,8 @@ from services.gpu_worker.engine.latency import Curve, LatencyModel
 from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling, Sequence
 from services.gpu_worker.engine.slo import DEFAULT_SLO, SLO
-from services.gpu_worker.finetune.job import Examples, FinetuneJob, JobConfig, Phase
+from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
+from services.gpu_worker.finetune.packing import Examples
 
 BLOCK_SIZE = 4
 

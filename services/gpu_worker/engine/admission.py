@@ -12,7 +12,7 @@ from services.gpu_worker.compiler.layout import choose_layout
 from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.engine.latency import LatencyModel
 from services.gpu_worker.engine.memory import finetune_bytes, free_bytes
-from services.gpu_worker.finetune.job import Examples, JobConfig
+from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.finetune.memory import (
     JobPlan,
     JobPlanner,
@@ -22,6 +22,7 @@ from services.gpu_worker.finetune.memory import (
     mib,
     parameter_bytes,
 )
+from services.gpu_worker.finetune.packing import Examples
 from services.gpu_worker.finetune.policies import LayerPolicies, fit
 from services.gpu_worker.model.peft import LoraConfig, Method, projections
 from services.gpu_worker.model.weights import ModelWeights

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from services.gpu_worker.engine.interference import Interference
 from services.gpu_worker.engine.latency import Work
 from services.gpu_worker.engine.sequence import Logprob, Sequence
-from services.gpu_worker.finetune.job import FinetuneJob, TrainingSequence, Window
+from services.gpu_worker.finetune.job import FinetuneJob, Window
+from services.gpu_worker.finetune.packing import TrainingSequence
 
 
 @dataclass(slots=True)

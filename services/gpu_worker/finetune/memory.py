@@ -13,7 +13,8 @@ import torch
 from services.gpu_worker.compiler.programs import CompiledMethod
 from services.gpu_worker.finetune.backward import GradientState
 from services.gpu_worker.finetune.host_ring import ring_depth
-from services.gpu_worker.finetune.job import Examples, JobConfig, filled
+from services.gpu_worker.finetune.job import JobConfig
+from services.gpu_worker.finetune.packing import Examples, filled
 from services.gpu_worker.finetune.policies import LayerPolicies, fit, least_bytes_within
 from services.gpu_worker.finetune.sequence_tensors import window_bytes
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.finetune.dataset import Dataset
-from services.gpu_worker.finetune.job import TrainingSequence, Window
+from services.gpu_worker.finetune.job import Window
+from services.gpu_worker.finetune.packing import TrainingSequence
 from services.gpu_worker.finetune.window_attention import GatheredWindow, PagedRuns, WindowAttention
 from services.gpu_worker.kernels.attention import causal_mask
 from services.gpu_worker.kernels.backend import TORCH, Kernels

@@ -12,21 +12,22 @@ from services.gpu_worker.finetune.activations import ActivationStore
 from services.gpu_worker.finetune.backward import BackwardContext, GradientState
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.host_ring import CopyStream, copy_stream, ring_depth
-from services.gpu_worker.finetune.job import Examples, FinetuneJob, TrainingSequence, Window
+from services.gpu_worker.finetune.job import FinetuneJob, Window
 from services.gpu_worker.finetune.loss import LossSum, Means, window_loss
 from services.gpu_worker.finetune.memory import JobMemory
 from services.gpu_worker.finetune.optimizer import GradientNorm, TrainableParameters
+from services.gpu_worker.finetune.outside_layers import accumulate_below, low_rank_head
+from services.gpu_worker.finetune.packing import Examples, TrainingSequence
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.reports import LaunchedSteps, StepReport, read_evaluation
 from services.gpu_worker.finetune.sequence_tensors import SequenceTensors
 from services.gpu_worker.finetune.window_attention import WindowAttention
-from services.gpu_worker.kernels.cross_entropy import LowRankHead
 from services.gpu_worker.kernels.dropout import Dropout
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.kernels.paged_attention import Run
 from services.gpu_worker.model.context import AdapterRun, Capture, VirtualRows
-from services.gpu_worker.model.peft import EMBEDDING, HEAD, LoraConfig, Method, num_virtual_tokens
+from services.gpu_worker.model.peft import Method, num_virtual_tokens
 from services.gpu_worker.model.transformer import Transformer
 
 
@@ -211,23 +212,15 @@ class Trainer:
         rows = self._flight.labelled_rows(window)
         labels = self._flight.labels[window.start : window.end][rows]
         denominator = 1.0 if evaluation else float(self.job.denominator)
-        found = window_loss(self._model, hidden, rows, labels, denominator, d_hidden, self._head())
+        head = low_rank_head(self.parameters, self.method)
+        found = window_loss(self._model, hidden, rows, labels, denominator, d_hidden, head)
         if found is not None:
             self._total.windows[self._num_begun, window.start] = found
 
     @property
     def trains_head(self) -> bool:
         """Whether windows' losses sum into the same gradients, which takes one after the other."""
-        return self._head() is not None
-
-    def _head(self) -> LowRankHead | None:
-        pair = self.parameters.weights.low_rank(HEAD)
-        if pair is None or not isinstance(self.method, LoraConfig):
-            return None
-        gradients = self.parameters.gradients
-        return LowRankHead(
-            *pair, self.method.scaling, gradients[None, f"{HEAD}.a"], gradients[None, f"{HEAD}.b"]
-        )
+        return low_rank_head(self.parameters, self.method) is not None
 
     @torch.no_grad()
     def backward(self, window: Window) -> None:
@@ -257,20 +250,7 @@ class Trainer:
         if dx is not None:
             state.dx[tokens] = dx
         if window.layer == 0:
-            self._accumulate_below(window, context)
-
-    def _accumulate_below(self, window: Window, context: BackwardContext) -> None:
-        """Gradients of what the first layer's input was made from: prompts and the embedding's low-rank part."""
-        parameters, dx = self.parameters, context.state.dx[context.tokens]
-        if (None, "prompt.rows") in parameters.gradients:
-            context.accumulate_virtual(parameters.gradients[None, "prompt.rows"], dx)
-        pair = parameters.weights.low_rank(EMBEDDING)
-        if pair is not None and isinstance(self.method, LoraConfig):
-            tokens, (a, b) = self.tokens(window), pair
-            wide = parameters.grad.dtype
-            grad_a, grad_b = (parameters.gradients[None, f"{EMBEDDING}.{role}"] for role in "ab")
-            grad_a.index_add_(1, tokens, (dx @ b).T.to(wide))
-            grad_b.add_((dx.T @ a[:, tokens].T).to(wide), alpha=self.method.scaling)
+            accumulate_below(self.parameters, self.method, self.tokens(window), context)
 
     # --- steps
 
