@@ -27,6 +27,7 @@ from rich.table import Table
 
 from benchmarks import coserve_plot
 from benchmarks.arrivals import arrivals
+from benchmarks.options import SMOLLM2, Dtype, Model, ServiceLevel, Threads
 from benchmarks.peers.finetuning import RANK, TARGETS, Training, load_examples
 from benchmarks.replay import Run
 from benchmarks.report import save
@@ -198,15 +199,13 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder.")] = Path(
-        ".flexllm/models/SmolLM2-135M-Instruct"
-    ),
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    model: Model = SMOLLM2,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = 2,
     seconds: Annotated[float, typer.Option(help="In which requests arrive, per policy and rate.")] = 15.0,
     rate: Annotated[list[float] | None, typer.Option(help="Requests a second; may be repeated.")] = None,
-    tpot_ms: Annotated[float, typer.Option(help="Service level.")] = 100.0,
-    ttft_ms: Annotated[float, typer.Option(help="Service level.")] = 2000.0,
+    tpot_ms: ServiceLevel = 100.0,
+    ttft_ms: ServiceLevel = 2000.0,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(model, dtype, threads, SLO(tpot_ms, ttft_ms), seconds, Path(folder))

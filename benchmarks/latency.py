@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.options import SMOLLM2, Model
 from benchmarks.report import save
 from services.gpu_worker.engine.batch import Batch, Timing
 from services.gpu_worker.engine.config import EngineConfig
@@ -230,9 +231,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder.")] = Path(
-        ".flexllm/models/SmolLM2-135M-Instruct"
-    ),
+    model: Model = SMOLLM2,
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
     seconds: Annotated[float, typer.Option(help="Of serving and training.")] = 60.0,
 ) -> None:

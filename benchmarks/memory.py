@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.options import SMOLLM2, Dtypes, Model
 from benchmarks.report import save
 from services.gpu_worker.baseline import AdapterDtype, LiveBytes, autograd_bytes, peft_config, saved_bytes
 from services.gpu_worker.compiler.programs import CompiledMethod
@@ -271,11 +272,9 @@ def save_picture(results: dict[str, Any], path: Path) -> None:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder.")] = Path(
-        ".flexllm/models/SmolLM2-135M-Instruct"
-    ),
+    model: Model = SMOLLM2,
     num_tokens: Annotated[int, typer.Option(help="Length of the sequence.")] = 512,
-    dtype: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    dtype: Dtypes = None,
 ) -> None:
     results: dict[str, Any] = {
         "model": model.name,

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.options import SMOLLM2, Dtypes, Model, Threads
 from benchmarks.peers.finetuning import BATCH_SIZE, RANK, TARGETS, load_examples
 from benchmarks.peers.serving import make_engine, make_prompts
 from benchmarks.report import save
@@ -111,12 +112,10 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder.")] = Path(
-        ".flexllm/models/SmolLM2-135M-Instruct"
-    ),
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    model: Model = SMOLLM2,
+    threads: Threads = 2,
     rounds: Annotated[int, typer.Option(help="Rounds, without and with the profiler; the least counts.")] = 4,
-    dtype: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    dtype: Dtypes = None,
 ) -> None:
     torch.set_num_threads(threads)
     results: dict[str, Any] = {"model": model.name, "threads": threads, "rounds": rounds, "dtypes": {}}

@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.forms import DENSE, FORMS, Form, levels, products, rounding
+from benchmarks.options import SMOLLM2, Dtype, Model
 from benchmarks.report import save
 from services.gpu_worker.engine.config import EngineConfig
 from services.gpu_worker.engine.engine import Engine
@@ -194,10 +195,8 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder.")] = Path(
-        ".flexllm/models/SmolLM2-135M-Instruct"
-    ),
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    model: Model = SMOLLM2,
+    dtype: Dtype = "bfloat16",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the best counts.")] = 3,
 ) -> None:
     results = {"model": model.name, "dtype": dtype, "threads": 1, **measure(model, dtype, rounds)}

@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.options import SMOLLM2, Model, ServiceLevel, Threads
 from benchmarks.report import save
 from services.gpu_worker.engine.config import EngineConfig
 from services.gpu_worker.engine.engine import Engine
@@ -31,12 +32,8 @@ from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.model.config import ModelConfig
 
 SHARED, OWN, ALIKE, ANSWER = 512, 64, 16, 16  # tokens of a prompt's parts, requests, tokens of an answer
-DECODES, LONG, LONG_PROMPTS, BETWEEN = (
-    8,
-    1024,
-    3,
-    16,
-)  # sequences, tokens, prompts, iterations between two of them
+# sequences, tokens, prompts, iterations between two of them
+DECODES, LONG, LONG_PROMPTS, BETWEEN = 8, 1024, 3, 16
 SMALL, SMALL_PROMPT, SMALL_ANSWER = 20, 16, 32  # requests, tokens, tokens
 BLOCK_SIZE = 16
 NEVER_TIGHT = SLO(tpot_ms=1e6, ttft_ms=1e6)
@@ -268,14 +265,12 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder.")] = Path(
-        ".flexllm/models/SmolLM2-135M-Instruct"
-    ),
+    model: Model = SMOLLM2,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32; preemption is in float32.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Threads = 2,
     rounds: Annotated[int, typer.Option(help="That count.")] = 2,
-    tpot_ms: Annotated[float, typer.Option(help="Service level.")] = 100.0,
-    ttft_ms: Annotated[float, typer.Option(help="Service level.")] = 2000.0,
+    tpot_ms: ServiceLevel = 100.0,
+    ttft_ms: ServiceLevel = 2000.0,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(model, dtype, threads, SLO(tpot_ms, ttft_ms), Path(folder))

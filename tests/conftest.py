@@ -7,7 +7,6 @@ where no server is installed.
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.kernels.interpreter import PASSED_INTERPRETED
+from tests.servers import TEMPLATE, empty, make_settings, own_database
 
 if TYPE_CHECKING:
     import psycopg
@@ -27,15 +27,13 @@ if TYPE_CHECKING:
     from shared.db import SessionFactory
     from shared.storage import ObjectStore
 
-database_numbers = itertools.count(1)
-
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Counts the tests of kernels, of which a process of its own runs each file."""
+    """Counts the tests of kernels, of which a process of its own runs each folder."""
     reports = terminalreporter.stats.get("passed", [])
     counts = [n for report in reports for name, n in report.user_properties if name == PASSED_INTERPRETED]
     if counts:
-        terminalreporter.write_line(f"{sum(counts)} tests {PASSED_INTERPRETED}, in {len(counts)} files")
+        terminalreporter.write_line(f"{sum(counts)} tests {PASSED_INTERPRETED}, in {len(counts)} folders")
 
 
 @pytest.fixture(scope="session")
@@ -65,35 +63,28 @@ def redis_server(server_dir: Path) -> Iterator[EmbeddedRedis]:
 
 @pytest.fixture(scope="session")
 def postgres_admin(postgres: EmbeddedPostgres) -> Iterator[psycopg.Connection]:
-    """A connection that creates and drops databases; the template `migrated` has the newest schema."""
+    """A connection that creates and drops databases; the template has the newest schema."""
     import psycopg
 
     from migrations.run import upgrade
     from shared.config import Settings
 
     with psycopg.connect(postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute("CREATE DATABASE migrated")
-        upgrade(Settings(database_url=postgres.url_of("migrated")))
+        connection.execute(f"CREATE DATABASE {TEMPLATE}")
+        upgrade(Settings(database_url=postgres.url_of(TEMPLATE)))
         yield connection
 
 
 @pytest.fixture
 def database_url(postgres: EmbeddedPostgres, postgres_admin: psycopg.Connection) -> Iterator[str]:
     """A migrated database of the test's own."""
-    name = f"test_{next(database_numbers)}"
-    postgres_admin.execute(f"CREATE DATABASE {name} TEMPLATE migrated")
-    yield postgres.url_of(name)
-    postgres_admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with own_database(postgres, postgres_admin) as url:
+        yield url
 
 
 @pytest.fixture
 def redis_url(redis_server: EmbeddedRedis) -> str:
-    """An empty Valkey; Celery's broker is database 1 of the same server."""
-    import redis
-
-    with redis.Redis.from_url(redis_server.url) as client:
-        client.flushall()
-    return redis_server.url
+    return empty(redis_server)
 
 
 @pytest.fixture(scope="session")
@@ -108,24 +99,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(
     database_url: str, redis_url: str, redis_server: EmbeddedRedis, tiny_model_dir: Path, tmp_path: Path
 ) -> Settings:
-    from shared.config import Settings
-
-    return Settings(
-        database_url=database_url,
-        redis_url=redis_url,
-        celery_broker_url=redis_server.celery_url_of(1),
-        object_store_url=f"file://{tmp_path}/objects",
-        spool_dir=tmp_path / "spool",
-        profile_dir=str(tmp_path / "profiles"),
-        internal_token="internal-token-of-the-tests",
-        key_pepper="pepper-of-the-tests",
-        admin_password="password-of-the-tests",
-        session_secret="session-secret-of-the-tests",
-        model_dir=tiny_model_dir,
-        served_model_name="tiny",
-        device="cpu",
-        num_threads=1,
-    )
+    return make_settings(database_url, redis_server, tiny_model_dir, tmp_path)
 
 
 @pytest.fixture

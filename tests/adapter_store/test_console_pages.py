@@ -15,6 +15,7 @@ from shared.messages import WorkerStatus
 from shared.queue import InferenceWorkerQueue, open_redis
 from tests.adapter_store.console_client import Operator
 from tests.adapter_store.seed import Seeded, seed
+from tests.servers import own_database
 
 TEMPLATE = "seeded_console"
 
@@ -39,9 +40,8 @@ def seeded(postgres: EmbeddedPostgres, postgres_admin: psycopg.Connection) -> It
 def database_url(
     postgres: EmbeddedPostgres, postgres_admin: psycopg.Connection, seeded: Seeded
 ) -> Iterator[str]:
-    postgres_admin.execute(f"CREATE DATABASE {TEMPLATE}_copy TEMPLATE {TEMPLATE}")
-    yield postgres.url_of(f"{TEMPLATE}_copy")
-    postgres_admin.execute(f"DROP DATABASE {TEMPLATE}_copy WITH (FORCE)")
+    with own_database(postgres, postgres_admin, TEMPLATE) as url:
+        yield url
 
 
 async def test_the_overview_tells_what_runs(operator: Operator, seeded: Seeded, settings: Settings) -> None:

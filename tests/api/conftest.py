@@ -7,6 +7,8 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
@@ -19,9 +21,27 @@ from shared.db import make_engine, session_factory
 from shared.keys import Scope, create_key, create_tenant, find_tenant
 from shared.messages import GenerateRequest
 from shared.tokenizer import ChatTokenizer
+from tests.servers import empty, make_settings, own_database
 from tests.stub_worker import StubWorker
 
+if TYPE_CHECKING:
+    import psycopg
+
+    from services.embedded import EmbeddedPostgres, EmbeddedRedis
+
 TEXT = "The quick brown fox jumps over the lazy dog."
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error, which has OpenAI's shape whatever the route."""
+    assert response.status_code >= 400
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    assert body["error"]["type"]
+    return body["error"]
 
 
 @dataclass
@@ -95,8 +115,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture
-def api_settings(settings: Settings) -> Settings:
+def for_one_server(settings: Settings) -> Settings:
+    """On a port of its own, which soon sees what a worker does."""
     return settings.model_copy(
         update={
             "api_port": free_port(),
@@ -110,10 +130,32 @@ def api_settings(settings: Settings) -> Settings:
 
 
 @pytest.fixture
+def api_settings(settings: Settings) -> Settings:
+    return for_one_server(settings)
+
+
+@pytest.fixture
 def idle_api(api_settings: Settings) -> Iterator[Api]:
     """Without a worker."""
     with ServerThread(api_settings):
         yield Api(api_settings, ChatTokenizer(api_settings.model_dir))
+
+
+@pytest.fixture(scope="module")
+def shared_api(
+    postgres: EmbeddedPostgres,
+    postgres_admin: psycopg.Connection,
+    redis_server: EmbeddedRedis,
+    tiny_model_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Api]:
+    """Without a worker, and one for all tests of a module that asks for nothing that changes anything."""
+    empty(redis_server)
+    folder = tmp_path_factory.mktemp("shared-api")
+    with own_database(postgres, postgres_admin) as url:
+        settings = for_one_server(make_settings(url, redis_server, tiny_model_dir, folder))
+        with ServerThread(settings):
+            yield Api(settings, ChatTokenizer(settings.model_dir))
 
 
 @pytest.fixture

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
     from shared.config import Settings
+    from shared.db import SessionFactory
     from shared.queue import InferenceClient
+    from shared.storage import ObjectStore
     from tests.e2e.processes import Processes
+    from tests.e2e.workload import Jobs
 
 
 @pytest.fixture
@@ -24,6 +29,15 @@ def processes(settings: Settings, tmp_path: Path) -> Iterator[Processes]:
     wait_until(lambda: answers(f"{settings.adapter_store_url}/livez"), "the adapter store")
     yield running
     running.stop()
+
+
+@pytest.fixture
+def jobs(
+    settings: Settings, session_factory: SessionFactory, engine: AsyncEngine, object_store: ObjectStore
+) -> Jobs:
+    from tests.e2e.workload import Jobs
+
+    return Jobs(settings, session_factory, engine, object_store)
 
 
 @pytest.fixture

@@ -53,13 +53,16 @@ class Processes:
     """Starts services by module name; whatever is left is stopped at the end of the test."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
-        self._environment = {**child_environment(settings), "OMP_NUM_THREADS": "1"}
+        self._settings = settings
         self._folder = folder
         self._children: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *module: str) -> subprocess.Popen[bytes]:
-        log = (self._folder / f"{module[0]}.log").open("ab")
-        process = child.spawn([sys.executable, "-m", *module], log=log, env=self._environment)
+    def start(self, module: str, **changes: object) -> subprocess.Popen[bytes]:
+        """With the test's settings but for `changes`."""
+        environment = child_environment(self._settings.model_copy(update=changes))
+        log = (self._folder / f"{module}.log").open("ab")
+        argv = [sys.executable, "-m", module]
+        process = child.spawn(argv, log=log, env={**environment, "OMP_NUM_THREADS": "1"})
         self._children.append(process)
         return process
 

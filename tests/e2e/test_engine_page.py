@@ -7,16 +7,13 @@ from signal import SIGKILL
 
 import httpx
 import pytest
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services import child
 from shared.config import Settings
-from shared.db import SessionFactory
 from shared.queue import InferenceClient
-from shared.storage import ObjectStore
 from tests.adapter_store.console_client import Operator
 from tests.e2e.processes import WORKER, Processes, with_short_timers
-from tests.e2e.workload import collect, make_request, make_training_job, until_status
+from tests.e2e.workload import Jobs, collect, make_request
 
 
 @pytest.fixture
@@ -26,17 +23,12 @@ def settings(settings: Settings) -> Settings:
 
 
 async def test_what_a_worker_computes_is_on_the_page_and_stays_a_while_when_it_dies(
-    settings: Settings,
-    processes: Processes,
-    client: InferenceClient,
-    session_factory: SessionFactory,
-    engine: AsyncEngine,
-    object_store: ObjectStore,
+    settings: Settings, processes: Processes, client: InferenceClient, jobs: Jobs
 ) -> None:
     worker = processes.start(WORKER)
-    tenant_id, job_id = await make_training_job(settings, session_factory, engine, object_store)
+    job = await jobs.make()
     await asyncio.gather(*(collect(client, make_request(settings, i)) for i in range(6)))
-    await until_status(session_factory, tenant_id, job_id, "succeeded")
+    await jobs.until("succeeded", *job)
     await asyncio.sleep(1.0)  # the last batch is on its way
 
     async with httpx.AsyncClient(base_url=settings.adapter_store_url, trust_env=False) as browser:

@@ -11,21 +11,18 @@ import pytest
 import torch
 from peft import PeftModel
 from sqlalchemy import func, select
-from sqlalchemy.ext.asyncio import AsyncEngine
 from transformers import AutoModelForCausalLM
 
 from services import child
-from services.adapter_store import tasks
 from shared.config import Settings
-from shared.db import SessionFactory
 from shared.jobs import get_job, list_events
 from shared.messages import ADAPTER_FILES, AdapterRef, GenerateRequest
-from shared.models import AdapterVersion, Checkpoint
+from shared.models import AdapterVersion
 from shared.peft import Ia3Spec, PeftSpec, PrefixSpec
 from shared.queue import InferenceClient
 from shared.storage import ObjectStore
 from tests.e2e.processes import WORKER, Processes, wait_until, with_short_timers
-from tests.e2e.workload import LORA, collect, make_request, make_training_job, until_status
+from tests.e2e.workload import LORA, Jobs, collect, make_request
 
 
 @pytest.fixture
@@ -57,16 +54,6 @@ def likeliest_in_peft(
     return logits[-len(output) - 1 : -1].argmax(-1).tolist()
 
 
-async def until_checkpoint(factory: SessionFactory, job_id: str) -> None:
-    query = select(func.count()).select_from(Checkpoint).where(Checkpoint.job_id == job_id)
-    for _ in range(1200):
-        async with factory.begin() as session:
-            if await session.scalar(query):
-                return
-        await asyncio.sleep(0.02)
-    raise AssertionError("no checkpoint was committed")
-
-
 @pytest.mark.parametrize(
     "peft", [LORA, Ia3Spec(), PrefixSpec(num_virtual_tokens=3)], ids=lambda spec: spec.type
 )
@@ -75,20 +62,19 @@ async def test_a_job_is_trained_published_and_served_while_others_are_served(
     settings: Settings,
     processes: Processes,
     client: InferenceClient,
-    session_factory: SessionFactory,
-    engine: AsyncEngine,
+    jobs: Jobs,
     object_store: ObjectStore,
     tmp_path: Path,
 ) -> None:
     processes.start(WORKER)
-    tenant_id, job_id = await make_training_job(settings, session_factory, engine, object_store, peft=peft)
+    tenant_id, job_id = await jobs.make(peft=peft)
     requests = [make_request(settings, i) for i in range(12)]
     outputs = await asyncio.gather(*(collect(client, request) for request in requests))
     assert outputs[3] == reference(settings, requests[3])
 
-    job = await until_status(session_factory, tenant_id, job_id, "succeeded")
+    job = await jobs.until("succeeded", tenant_id, job_id)
     assert job.step == job.total_steps == 12
-    async with session_factory.begin() as session:
+    async with jobs.factory.begin() as session:
         version = (
             await session.scalars(select(AdapterVersion).where(AdapterVersion.source_job == job_id))
         ).one()
@@ -104,84 +90,56 @@ async def test_a_job_is_trained_published_and_served_while_others_are_served(
 
 
 async def test_the_tier_of_a_request_decides_which_targets_it_is_judged_by(
-    settings: Settings, processes: Processes, client: InferenceClient, tmp_path: Path
+    settings: Settings, processes: Processes, client: InferenceClient
 ) -> None:
     """Targets that nobody can meet, or nobody miss, so that it does not matter how busy the machine is."""
-    targets = {"tpot_slo_ms": 1e9, "ttft_slo_ms": 1e9, "tpot_slo_priority_ms": 1e-6}
-    tiered = Processes(settings.model_copy(update=targets), tmp_path)
-    try:
-        tiered.start(WORKER)
-        for number, tier in enumerate(["priority", "default", "default", "flex"]):
-            await collect(client, make_request(settings, number, service_tier=tier))
-        counts: dict[str, tuple[int, ...]] = {}
-        for _ in range(100):
-            for worker in await client.workers():
-                counts = {
-                    tier: (level.ttft_met, level.ttft_missed, level.tpot_met, level.tpot_missed)
-                    for tier, level in worker.service_levels.items()
-                }
-            if counts.get("flex", (0,)) != (0, 0, 0, 0):
-                break
-            await asyncio.sleep(0.1)
-        assert counts == {"priority": (1, 0, 0, 1), "default": (2, 0, 2, 0), "flex": (1, 0, 1, 0)}
-    finally:
-        tiered.stop()
+    processes.start(WORKER, tpot_slo_ms=1e9, ttft_slo_ms=1e9, tpot_slo_priority_ms=1e-6)
+    for number, tier in enumerate(["priority", "default", "default", "flex"]):
+        await collect(client, make_request(settings, number, service_tier=tier))
+    counts: dict[str, tuple[int, ...]] = {}
+    for _ in range(100):
+        for worker in await client.workers():
+            counts = {
+                tier: (level.ttft_met, level.ttft_missed, level.tpot_met, level.tpot_missed)
+                for tier, level in worker.service_levels.items()
+            }
+        if counts.get("flex", (0,)) != (0, 0, 0, 0):
+            break
+        await asyncio.sleep(0.1)
+    assert counts == {"priority": (1, 0, 0, 1), "default": (2, 0, 2, 0), "flex": (1, 0, 1, 0)}
 
 
 async def test_a_worker_of_two_ranks_serves_and_trains_and_ends_with_any_of_them(
-    settings: Settings,
-    processes: Processes,
-    client: InferenceClient,
-    session_factory: SessionFactory,
-    engine: AsyncEngine,
-    object_store: ObjectStore,
-    tmp_path: Path,
+    settings: Settings, processes: Processes, client: InferenceClient, jobs: Jobs
 ) -> None:
-    shared = Processes(settings.model_copy(update={"tensor_parallel": 2}), tmp_path)
-    try:
-        worker = shared.start(WORKER)
-        tenant_id, job_id = await make_training_job(settings, session_factory, engine, object_store)
-        requests = [make_request(settings, i) for i in range(4)]
-        outputs = await asyncio.gather(*(collect(client, request) for request in requests))
-        assert outputs == [reference(settings, request) for request in requests]
-        await until_status(session_factory, tenant_id, job_id, "succeeded")
-        child.stop(worker, SIGTERM, 30)
-        assert worker.returncode == 0
+    worker = processes.start(WORKER, tensor_parallel=2)
+    job = await jobs.make()
+    requests = [make_request(settings, i) for i in range(4)]
+    outputs = await asyncio.gather(*(collect(client, request) for request in requests))
+    assert outputs == [reference(settings, request) for request in requests]
+    await jobs.until("succeeded", *job)
+    child.stop(worker, SIGTERM, 30)
+    assert worker.returncode == 0
 
-        worker = shared.start(WORKER)
-        wait_until(lambda: shared.log(WORKER).count('"worker_ready"') == 2, "the second worker")
-        os.kill(rank_of(worker.pid), SIGKILL)
-        assert worker.wait(30) == 1
-        assert shared.log(WORKER).count('"rank_died"') == 1
-    finally:
-        shared.stop()
+    worker = processes.start(WORKER, tensor_parallel=2)
+    wait_until(lambda: processes.log(WORKER).count('"worker_ready"') == 2, "the second worker")
+    os.kill(rank_of(worker.pid), SIGKILL)
+    assert worker.wait(30) == 1
+    assert processes.log(WORKER).count('"rank_died"') == 1
 
 
 async def test_a_job_that_does_not_fit_beside_another_waits_in_the_queue(
-    settings: Settings,
-    processes: Processes,
-    client: InferenceClient,
-    session_factory: SessionFactory,
-    engine: AsyncEngine,
-    object_store: ObjectStore,
-    tmp_path: Path,
+    processes: Processes, client: InferenceClient, jobs: Jobs
 ) -> None:
-    tight = Processes(settings.model_copy(update={"finetune_bytes": 300_000}), tmp_path)
-    try:
-        tight.start(WORKER)
-        made = [
-            await make_training_job(settings, session_factory, engine, object_store, epochs=10)
-            for _ in range(2)
-        ]
-        await until_status(session_factory, *made[0], "running")
-        (worker,) = await client.workers()
-        assert worker.memory_bytes["weights"] > 0 and worker.memory_bytes["kv_cache"] == 8 << 20
-        assert sum(worker.memory_bytes.values()) < worker.memory_limit_bytes
-        for tenant_id, job_id in made:
-            await until_status(session_factory, tenant_id, job_id, "succeeded")
-        assert tight.log(WORKER).count('"job_handed_back"') == 1
-    finally:
-        tight.stop()
+    processes.start(WORKER, finetune_bytes=300_000)
+    made = [await jobs.make(epochs=10) for _ in range(2)]
+    await jobs.until("running", *made[0])
+    (worker,) = await client.workers()
+    assert worker.memory_bytes["weights"] > 0 and worker.memory_bytes["kv_cache"] == 8 << 20
+    assert sum(worker.memory_bytes.values()) < worker.memory_limit_bytes
+    for job in made:
+        await jobs.until("succeeded", *job)
+    assert processes.log(WORKER).count('"job_handed_back"') == 1
 
 
 def rank_of(worker: int) -> int:
@@ -192,23 +150,18 @@ def rank_of(worker: int) -> int:
 
 
 async def test_a_killed_worker_loses_no_token_and_its_job_resumes_from_the_last_checkpoint(
-    settings: Settings,
-    processes: Processes,
-    client: InferenceClient,
-    session_factory: SessionFactory,
-    engine: AsyncEngine,
-    object_store: ObjectStore,
+    settings: Settings, processes: Processes, client: InferenceClient, jobs: Jobs
 ) -> None:
     worker = processes.start(WORKER)
-    tenant_id, job_id = await make_training_job(settings, session_factory, engine, object_store, epochs=20)
+    tenant_id, job_id = await jobs.make(epochs=20)
 
-    await until_checkpoint(session_factory, job_id)
+    await jobs.until_checkpoint(job_id)
     requests = [make_request(settings, i) for i in range(8)]
     streams = [asyncio.create_task(collect(client, request)) for request in requests]
     await asyncio.sleep(0.3)
     worker.kill()
     worker.wait()
-    async with session_factory.begin() as session:
+    async with jobs.factory.begin() as session:
         before = await get_job(session, tenant_id, job_id)
         assert before.status == "running" and 0 < before.step < before.total_steps
     processes.start(WORKER)
@@ -217,23 +170,13 @@ async def test_a_killed_worker_loses_no_token_and_its_job_resumes_from_the_last_
         assert tokens == reference(settings, request)
 
     # the lease runs out, the sweeper sends the id again, the new worker claims under the next fence
-    sweeper = asyncio.create_task(sweep_until(settings, engine, job_id, session_factory, tenant_id))
-    job = await until_status(session_factory, tenant_id, job_id, "succeeded")
+    sweeper = asyncio.create_task(jobs.sweep())
+    job = await jobs.until("succeeded", tenant_id, job_id)
     sweeper.cancel()
     assert job.fence == 2
-    async with session_factory.begin() as session:
+    async with jobs.factory.begin() as session:
         query = select(func.count()).where(AdapterVersion.source_job == job_id)
         assert await session.scalar(query) == 1
         events = (await list_events(session, tenant_id, job_id, limit=1000)).items
     resumed = [event.message for event in events if "resumed after step" in event.message]
     assert len(resumed) == 1
-
-
-async def sweep_until(
-    settings: Settings, engine: AsyncEngine, job_id: str, factory: SessionFactory, tenant_id: str
-) -> None:
-    from services.adapter_store.celery import app
-
-    while True:
-        await tasks.sweep(settings, engine, app)
-        await asyncio.sleep(0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from services.gpu_worker.model.peft import (
 from services.gpu_worker.model.peft_files import write_peft
 
 Files = dict[str, bytes]
+PROFILES = tempfile.TemporaryDirectory(prefix="flexllm-profiles-")  # of all engines that are alike
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHODS: dict[str, Method] = {
     "lora": LoraConfig(4, 6.0, TARGETS),
@@ -92,6 +94,7 @@ def make_config(
         "block_size": block_size,
         "kv_cache_bytes": num_blocks * block_size * model.num_layers * model.kv_size * 2 * 4,
         "finetune_tokens_in_flight": 256,
+        "profile_dir": Path(PROFILES.name),
         "slos": {DEFAULT_TIER: SLO(10_000.0, 10_000.0)},  # what is tested must not depend on a busy machine
         "scheduler": SchedulerConfig(**{**limits, **(scheduler or {})}),
     }

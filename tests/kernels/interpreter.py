@@ -1,7 +1,7 @@
 """Whether Triton kernels can run in this process: on a GPU, or in an interpreter that it has to be started for.
 
 Triton decides while it is imported, so that process is not the one of the other tests: without a GPU
-`tests/kernels/test_triton_interpreted.py` starts one for each file that needs it.
+`tests/kernels/test_triton_interpreted.py` starts one for each folder that needs it.
 """
 
 from __future__ import annotations

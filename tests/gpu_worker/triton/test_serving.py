@@ -59,12 +59,23 @@ def expected(folder: Path, device: torch.device) -> tuple[dict[str, Output], lis
     return serve(engine_of(folder, device, "torch", async_scheduling=False))
 
 
+@pytest.fixture(scope="module")
+def in_turn(folder: Path, device: torch.device) -> Engine:
+    """Made once: what it measures at its start takes longest in the interpreter."""
+    return engine_of(folder, device, "triton", async_scheduling=False)
+
+
 @pytest.mark.parametrize("ahead", [False, True], ids=["in-turn", "ahead"])
 def test_everybody_gets_the_tokens_that_torch_computes(
-    folder: Path, device: torch.device, expected: tuple[dict[str, Output], list[float | None]], ahead: bool
+    folder: Path,
+    device: torch.device,
+    in_turn: Engine,
+    expected: tuple[dict[str, Output], list[float | None]],
+    ahead: bool,
 ) -> None:
     outputs, losses = expected
-    found, found_losses = serve(engine_of(folder, device, "triton", async_scheduling=ahead))
+    engine = engine_of(folder, device, "triton", async_scheduling=True) if ahead else in_turn
+    found, found_losses = serve(engine)
     assert found_losses == pytest.approx(losses, abs=1e-4) and len(losses) == 2
     for name, output in outputs.items():
         assert found[name].tokens == output.tokens
@@ -90,18 +101,16 @@ def test_launches_never_wait_for_a_gpu(folder: Path, device: torch.device) -> No
     assert len(losses) == 2 and all(len(output.tokens) == 4 for output in outputs.values())
 
 
-def test_recorded_decodes_say_the_same(folder: Path, device: torch.device) -> None:
-    engine = engine_of(folder, device, "triton", cuda_graphs=False)
-
+def test_recorded_decodes_say_the_same(in_turn: Engine) -> None:
     def answers(name: str) -> list[list[int]]:
         names = [f"{name}-{user}" for user in (None, "first", "second")]
         for user, request_id in zip((None, "first", "second"), names, strict=True):
-            engine.add(request_id, prompt_of(engine, 9, seed=4), Sampling(max_tokens=6), adapter=user)
-        outputs, _ = run(engine, *names)
+            in_turn.add(request_id, prompt_of(in_turn, 9, seed=4), Sampling(max_tokens=6), adapter=user)
+        outputs, _ = run(in_turn, *names)
         return [outputs[request_id].tokens for request_id in names]
 
-    engine.runner.record_decodes(LIMITS["max_num_seqs"], LIMITS["max_model_len"], budget=1 << 40)
+    in_turn.runner.record_decodes(LIMITS["max_num_seqs"], LIMITS["max_model_len"], budget=1 << 40)
     recorded = answers("recorded")
-    assert engine.runner.decode_graphs is not None and engine.runner.decode_graphs.num_recorded > 0
-    engine.runner.decode_graphs = None
+    assert in_turn.runner.decode_graphs is not None and in_turn.runner.decode_graphs.num_recorded > 0
+    in_turn.runner.decode_graphs = None
     assert answers("launched") == recorded
