@@ -102,25 +102,18 @@ def find_program(up: Up, module: str) -> int:
     return next(pid for pid, words in lines.items() if module in words)
 
 
-def test_a_stack_answers_survives_a_crash_and_stops_without_a_rest(up: Up) -> None:
+def test_a_stack_survives_a_crash_and_a_kill_and_stops_without_a_rest(up: Up, tiny_model_dir: Path) -> None:
+    """In one test, because a start takes longest."""
     assert up.chat().json()["usage"]["completion_tokens"] == 4
-
     worker = find_program(up, "services.gpu_worker")
     os.kill(worker, signal.SIGKILL)
     answer = up.chat()  # waits in the queue until the worker is back
     assert answer.status_code == 200, answer.text
     assert find_program(up, "services.gpu_worker") != worker
 
-    family = up.family()
-    assert len(family) > 6
-    up.process.terminate()
-    assert up.process.wait(timeout=120) == 0
-    wait_until_gone(family)
-
-
-def test_a_killed_stack_leaves_no_process_and_all_data(up: Up, tiny_model_dir: Path) -> None:
     key = (up.state / "dev-key").read_text()
     family = up.family()
+    assert len(family) > 6
     up.process.kill()
     up.process.wait()
     wait_until_gone(family)
@@ -129,6 +122,11 @@ def test_a_killed_stack_leaves_no_process_and_all_data(up: Up, tiny_model_dir: P
     try:
         again.wait_until_ready()
         assert (up.state / "dev-key").read_text() == key
-        assert again.chat().status_code == 200
+        answer = again.chat()
+        assert answer.status_code == 200, answer.text
+        family = again.family()
+        again.process.terminate()
+        assert again.process.wait(timeout=120) == 0
+        wait_until_gone(family)
     finally:
         again.stop()
