@@ -44,7 +44,7 @@ class SchedulerConfig:
     period: int = 64  # of temporal sharing, iterations
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which takes longer to make: there is one for every token
 class Progress:
     """What an iteration meant for one sequence."""
 
@@ -178,9 +178,8 @@ class Scheduler:
         sequence.num_computed_tokens += num_tokens
         if sequence.num_computed_tokens == len(sequence.tokens):
             sequence.expect(ends_s)
-            num_output = len(sequence.tokens) - sequence.num_prompt_tokens
-            is_full = len(sequence.tokens) >= self.config.max_model_len
-            sequence.is_ending = is_full or num_output >= sequence.sampling.max_tokens
+            most = sequence.num_prompt_tokens + sequence.sampling.max_tokens
+            sequence.is_ending = len(sequence.tokens) >= min(most, self.config.max_model_len)
         self._register(sequence)
 
     def receive(self, sampled: list[Sampled], now_s: float) -> list[Progress]:
@@ -345,10 +344,10 @@ class Scheduler:
     def _register(self, sequence: Sequence) -> None:
         """Makes blocks that have become full, of known tokens, findable. Who finds one reads it after it is written:
         in a later iteration."""
-        num_computed = min(sequence.num_computed_tokens, sequence.num_known_tokens)
-        if sequence.cache_seed is not None and num_computed // self.blocks.block_size > len(
-            sequence.block_hashes
-        ):
+        num_known = len(sequence.tokens) - sequence.num_pending_tokens
+        num_computed = min(sequence.num_computed_tokens, num_known)
+        is_full = num_computed // self.blocks.block_size > len(sequence.block_hashes)
+        if is_full and sequence.cache_seed is not None:
             computed = sequence.tokens[:num_computed]
             self.blocks.register(sequence.cache_seed, computed, sequence.block_table, sequence.block_hashes)
 
@@ -359,8 +358,7 @@ class Scheduler:
         if item.token in sampling.stop_token_ids:
             return self._finish(sequence, None, "stop")
         sequence.fill(item.token, now_s)
-        is_full = sequence.num_known_tokens >= self.config.max_model_len
-        if is_full or sequence.num_output_tokens >= sampling.max_tokens:
+        if sequence.is_ending and not sequence.num_pending_tokens:
             return self._finish(sequence, item, "length")
         return Progress(sequence, item, None)
 

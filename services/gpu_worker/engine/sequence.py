@@ -99,9 +99,15 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks registered or matched
     prompt_logprobs: list[Logprob | None] = field(default_factory=list)
     _expected_s: float = 0.0  # when the last pending token should come
+    _gap_s: float = field(init=False)  # between tokens, as aimed at
+    _longest_gap_s: float = field(init=False)
+    _num_given_tokens: int = field(init=False)  # before the first token generated here
 
     def __post_init__(self) -> None:
         self.deadline_s = self.first_deadline_s
+        self._gap_s = AIM * self.slo.tpot_ms / 1000
+        self._longest_gap_s = LONGEST_GAP * self._gap_s
+        self._num_given_tokens = self.num_prompt_tokens + self.num_resumed_tokens
 
     @property
     def first_deadline_s(self) -> float:
@@ -133,7 +139,7 @@ class Sequence:
 
     def fill(self, token: int, now_s: float) -> None:
         """Puts a token that has come into the first place that waits for one."""
-        self.tokens[self.num_known_tokens] = token
+        self.tokens[len(self.tokens) - self.num_pending_tokens] = token
         self.num_pending_tokens -= 1
         self.last_token_s = now_s
         if self.first_token_s is None:
@@ -150,6 +156,6 @@ class Sequence:
         """When the token after the last one is due: the mean time between tokens is what is promised, so tokens that
         came early leave time to one that comes later, but no gap may become so long that the stream seems to stall."""
         first_s = last_s if self.first_token_s is None else self.first_token_s
-        tpot_s = self.slo.tpot_ms / 1000
-        num_gaps = len(self.tokens) - self.num_prompt_tokens - self.num_resumed_tokens
-        self.deadline_s = min(first_s + AIM * num_gaps * tpot_s, last_s + AIM * LONGEST_GAP * tpot_s)
+        mean_s = first_s + (len(self.tokens) - self._num_given_tokens) * self._gap_s
+        longest_s = last_s + self._longest_gap_s
+        self.deadline_s = mean_s if mean_s < longest_s else longest_s
