@@ -16,7 +16,7 @@ up: $(INSTALLED)
 	.venv/bin/flexllm up
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest -n $(PYTEST_WORKERS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,13 @@ from services.gpu_worker.model.peft import (
 from services.gpu_worker.model.peft_files import write_peft
 
 Files = dict[str, bytes]
-PROFILES = tempfile.TemporaryDirectory(prefix="flexllm-profiles-")  # of all engines that are alike
+LATENCY = LatencyModel(  # of a tiny model on a CPU: measuring takes longer than what most tests compute
+    forward=Curve([1, 32, 96], [1.2, 1.3, 4.0]),
+    training=Curve([1, 32], [1.5, 2.0]),
+    backward=Curve([1, 32], [0.5, 0.7]),
+    optimizer_ms=0.5,
+    decodes=Curve([1, 16], [1.0, 1.1]),
+)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHODS: dict[str, Method] = {
     "lora": LoraConfig(4, 6.0, TARGETS),
@@ -94,7 +99,7 @@ def make_config(
         "block_size": block_size,
         "kv_cache_bytes": num_blocks * block_size * model.num_layers * model.kv_size * 2 * 4,
         "finetune_tokens_in_flight": 256,
-        "profile_dir": Path(PROFILES.name),
+        "latency": LATENCY,
         "slos": {DEFAULT_TIER: SLO(10_000.0, 10_000.0)},  # what is tested must not depend on a busy machine
         "scheduler": SchedulerConfig(**{**limits, **(scheduler or {})}),
     }

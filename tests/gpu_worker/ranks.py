@@ -17,6 +17,7 @@ from torch import Tensor
 from services.gpu_worker.compiler.parallel_sites import bypass_sites
 from services.gpu_worker.compiler.parallelize import compositions
 from services.gpu_worker.compiler.programs import ForwardPrograms
+from services.gpu_worker.engine.profile_cache import ProfileCache
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.kernels.attention import causal_mask
 from services.gpu_worker.kernels.kv_cache import KVCache
@@ -30,6 +31,7 @@ from services.gpu_worker.model.peft import BottleneckConfig, LoraConfig, Method
 from services.gpu_worker.model.transformer import Transformer
 from tests.gpu_worker.engines import TARGETS
 from tests.gpu_worker.training import advance, make_dataset, make_trainer, make_transformer
+from tests.gpu_worker.virtual import make_latency, times
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 LENGTHS = [5, 3]  # tokens of examples
@@ -194,6 +196,19 @@ def numbered(rank: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return (torch.arange(shape[0] * shape[1], dtype=dtype).view(shape) + 3 * rank).contiguous()
 
 
-def everything(group: Group, folder: Path) -> dict[str, Any]:
+def kept_profile(group: Group, folder: Path) -> list[float] | None:
+    """Of the latency model that is read back; ranks other than 0 look for a file that is not there."""
+    cache = ProfileCache(folder if group.rank == 0 else folder / "elsewhere", {"ranks": group.size})
+    cache.save(make_latency(1.0 + group.rank), group)
+    model = cache.load(group)
+    return None if model is None else times(model)
+
+
+def everything(group: Group, folder: Path, profiles: Path) -> dict[str, Any]:
     """One start of the processes for all checks."""
-    return {"collectives": every_collective(group), "cases": run_cases(group, folder, group.size)}
+    cases = run_cases(group, folder, group.size)
+    return {
+        "collectives": every_collective(group),
+        "cases": cases,
+        "profile": kept_profile(group, profiles),
+    }

@@ -31,6 +31,7 @@ from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import make_adapter, make_config, make_engine, prompt_of, run
 from tests.gpu_worker.ranks import DTYPES, cases, every_collective, everything, numbered, on_ranks, run_cases
 from tests.gpu_worker.training import make_dataset
+from tests.gpu_worker.virtual import make_latency, times
 
 TOLERANCE = 1e-10
 SHAPES = ((5, 6), (8, 8), (1, 8))
@@ -43,10 +44,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(path, "qwen2", num_heads=8, num_kv_heads=4, tied=False)
 
 
+@pytest.fixture(scope="module")
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("profiles")
+
+
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} ranks")
-def ranks(folder: Path, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+def ranks(folder: Path, profiles: Path, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What each of the processes computed."""
-    return on_ranks(everything, request.param, folder)
+    return on_ranks(everything, request.param, folder, profiles)
 
 
 def results(ranks: list[dict[str, Any]], kind: str, key: object) -> list[Any]:
@@ -68,6 +74,13 @@ def test_every_layout_of_every_bypass_trains_and_serves_as_one_process_does(
             assert values.keys() == expected.keys()
             for key, value in expected.items():
                 assert relative_error(values[key], value) < TOLERANCE, (name, key)
+
+
+def test_every_rank_has_the_latency_model_that_rank_0_reads(
+    ranks: list[dict[str, Any]], profiles: Path
+) -> None:
+    assert all(rank["profile"] == times(make_latency()) for rank in ranks)
+    assert not (profiles / "elsewhere").exists()
 
 
 def test_the_cases_are_all_layouts_that_are_legal(folder: Path) -> None:

@@ -16,28 +16,17 @@ from services.gpu_worker.engine.latency import LatencyModel, Work
 from services.gpu_worker.engine.profile_cache import ProfileCache
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig
-from services.gpu_worker.model.parallel import ALONE, Group
+from services.gpu_worker.model.parallel import ALONE
 from services.gpu_worker.model.peft import LoraConfig
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import TARGETS, generate, make_engine, prompt_of, run
-from tests.gpu_worker.ranks import on_ranks
 from tests.gpu_worker.test_fit import EXTENT, VirtualMachine
 from tests.gpu_worker.training import make_dataset
-
-WORKS = (
-    Work(decodes=3, keys=1000),
-    Work(window_tokens=100, pairs=5000, loss_tokens=20, windows=3),
-    Work(decodes=9, keys=900, window_tokens=64, loss_tokens=64, training_windows=2),
-)
+from tests.gpu_worker.virtual import times
 
 
 def make_model(disturbed: float = 0.3) -> LatencyModel:
     return fit(VirtualMachine(disturbed=disturbed), EXTENT)
-
-
-def times(model: LatencyModel) -> list[float]:
-    forward = [model.table_forward_ms(work) for work in WORKS]
-    return [*forward, *(model.table_backward_ms(work) for work in WORKS), model.optimizer_ms]
 
 
 @pytest.fixture
@@ -93,21 +82,22 @@ def test_a_folder_that_cannot_be_made_costs_a_line_in_the_log(
     assert "cannot be kept" in caplog.text
 
 
-def load_on_a_rank(group: Group, folder: Path) -> list[float] | None:
-    """Ranks other than 0 look for a file that is not there."""
-    cache = ProfileCache(folder if group.rank == 0 else folder / "elsewhere", {})
-    cache.save(make_model(disturbed=0.1 * group.rank), group)
-    model = cache.load(group)
-    return None if model is None else times(model)
-
-
-def test_every_rank_has_what_rank_0_reads(tmp_path: Path) -> None:
-    first, second = on_ranks(load_on_a_rank, 2, tmp_path)
-    assert first == second == times(make_model(disturbed=0.0))
-    assert not (tmp_path / "elsewhere").exists()
-
-
 # --- engines
+
+
+def make_measured_engine(folder: Path, **options: Any) -> Engine:
+    return make_engine(folder, latency=None, **options)
+
+
+def test_an_engine_that_is_told_how_fast_its_machine_is_measures_nothing(
+    folder: Path, tmp_path: Path
+) -> None:
+    given = make_model(disturbed=0.0)
+    first, second = (make_engine(folder, latency=given, profile_dir=tmp_path) for _ in range(2))
+    assert times(first.scheduler.latency) == times(given) and not list(tmp_path.iterdir())
+    busy(first)
+    assert first.scheduler.latency.errors()["iteration"].count > 5
+    assert second.scheduler.latency.errors()["iteration"].count == given.errors()["iteration"].count == 0
 
 
 def kept_file(profiles: Path) -> Path:
@@ -116,24 +106,24 @@ def kept_file(profiles: Path) -> Path:
 
 
 def test_an_engine_keeps_a_profile_for_each_machine_and_configuration(folder: Path, tmp_path: Path) -> None:
-    make_engine(folder, profile_dir=tmp_path)
+    make_measured_engine(folder, profile_dir=tmp_path)
     key = json.loads(kept_file(tmp_path).read_text())["key"]
     assert key["dtype"] == "torch.float32" and key["form"] == "none" and key["threads"] == 1
-    make_engine(folder, profile_dir=tmp_path, quantise="int8")
-    make_engine(folder, profile_dir=tmp_path, scheduler={"max_num_seqs": 3})
+    make_measured_engine(folder, profile_dir=tmp_path, quantise="int8")
+    make_measured_engine(folder, profile_dir=tmp_path, scheduler={"max_num_seqs": 3})
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_an_engine_measures_again_what_does_not_hold(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = make_engine(folder, profile_dir=tmp_path).scheduler.latency
+    first = make_measured_engine(folder, profile_dir=tmp_path).scheduler.latency
     path = kept_file(tmp_path)
     found = json.loads(path.read_text())
     found["latency"]["decodes"]["times_ms"] = [1e6 for _ in found["latency"]["decodes"]["times_ms"]]
     path.write_text(json.dumps(found))
     with caplog.at_level(logging.WARNING):
-        again = make_engine(folder, profile_dir=tmp_path).scheduler.latency
+        again = make_measured_engine(folder, profile_dir=tmp_path).scheduler.latency
     assert "not as fast" in caplog.text
     decodes = Work(decodes=4, keys=200)
     assert first.table_forward_ms(decodes) < 1e4 and again.table_forward_ms(decodes) < 1e4
@@ -151,7 +141,7 @@ def busy(engine: Engine) -> None:
 
 def test_an_engine_knows_how_long_its_iterations_take(folder: Path) -> None:
     """Within a loose factor, for other tests may run beside this one."""
-    engine = make_engine(folder)
+    engine = make_measured_engine(folder)
     busy(engine)
     errors = engine.scheduler.latency.errors()
     assert all(errors[part].count > 5 for part in ("iteration", "windows", "first_backward"))
@@ -159,12 +149,12 @@ def test_an_engine_knows_how_long_its_iterations_take(folder: Path) -> None:
 
 
 def test_a_profile_leaves_no_job_behind(folder: Path) -> None:
-    engine = make_engine(folder)
+    engine = make_measured_engine(folder)
     assert not engine.runner.trainers and not engine.has_work
     assert isinstance(engine.scheduler.latency, LatencyModel)
 
 
 def test_an_extent_is_no_larger_than_the_cache(folder: Path, tmp_path: Path) -> None:
-    make_engine(folder, profile_dir=tmp_path, num_blocks=64, scheduler={"finetune_window": 300})
+    make_measured_engine(folder, profile_dir=tmp_path, num_blocks=64, scheduler={"finetune_window": 300})
     extent = Extent(**json.loads(kept_file(tmp_path).read_text())["key"]["extent"])
     assert extent.keys == 256 and extent.rows == extent.window == extent.sequence == extent.context == 256

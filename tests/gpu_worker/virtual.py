@@ -8,7 +8,7 @@ from typing import Any
 
 from services.gpu_worker.engine.batch import Batch, Sampled
 from services.gpu_worker.engine.block_manager import BlockManager
-from services.gpu_worker.engine.latency import Curve, LatencyModel
+from services.gpu_worker.engine.latency import Curve, LatencyModel, Work
 from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling, Sequence
 from services.gpu_worker.engine.slo import DEFAULT_SLO, SLO
@@ -16,6 +16,11 @@ from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
 from services.gpu_worker.finetune.packing import Examples
 
 BLOCK_SIZE = 4
+WORKS = (
+    Work(decodes=3, keys=1000),
+    Work(window_tokens=100, pairs=5000, loss_tokens=20, windows=3),
+    Work(decodes=9, keys=900, window_tokens=64, loss_tokens=64, training_windows=2),
+)
 
 
 def make_latency(scale: float = 1.0) -> LatencyModel:
@@ -31,6 +36,12 @@ def make_latency(scale: float = 1.0) -> LatencyModel:
         pairs=Curve(sizes, [0.0, 0.1 * scale]),
         backward_pairs=Curve(sizes, [0.0, 0.1 * scale]),
     )
+
+
+def times(model: LatencyModel) -> list[float]:
+    """All that a model says of a few works, before any correction."""
+    forward = [model.table_forward_ms(work) for work in WORKS]
+    return [*forward, *(model.table_backward_ms(work) for work in WORKS), model.optimizer_ms]
 
 
 def make_sequence(

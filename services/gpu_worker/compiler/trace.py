@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch.fx import Graph, Node, Tracer
@@ -36,7 +38,12 @@ SITES = (
 
 
 def trace(config: ModelConfig) -> Graph:
-    """The layer of a model configuration, with every bypass site in it."""
+    """The layer of a model configuration, with every bypass site in it; a graph of the caller's own."""
+    return deepcopy(_traced(config))  # in a fraction of the time that tracing takes
+
+
+@lru_cache(maxsize=16)
+def _traced(config: ModelConfig) -> Graph:
     return Tracer(autowrap_functions=TRACED).trace(layer.make_layer(config))  # type: ignore[arg-type]
 
 

@@ -12,6 +12,7 @@ import torch
 
 from services.gpu_worker.engine.admission import Offload
 from services.gpu_worker.engine.interference import BackwardStream
+from services.gpu_worker.engine.latency import LatencyModel
 from services.gpu_worker.engine.scheduler import SchedulerConfig
 from services.gpu_worker.engine.slo import DEFAULT_SLO, DEFAULT_TIER, SLO
 from services.gpu_worker.kernels.backend import KernelChoice
@@ -48,6 +49,9 @@ class EngineConfig:
     offload_activations: Offload = "auto"  # to host memory; auto: what a GPU has no room for
     slos: Mapping[str, SLO] = field(default_factory=lambda: {DEFAULT_TIER: DEFAULT_SLO})  # by tier
     profile_dir: Path | None = None  # keeps latency profiles from one start to the next; None: none is kept
+    latency: LatencyModel | None = (
+        None  # known already; None: measured at the start, or kept from an earlier one
+    )
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -197,6 +198,8 @@ class Engine:
         return found
 
     def _make_latency(self, policies: LayerPolicies) -> LatencyModel:
+        if self.config.latency is not None:
+            return deepcopy(self.config.latency)  # with corrections of its own
         config, limits, weights = self.config, self.config.scheduler, self.model.weights
         extent = self._extent
         if config.profile_dir is None:
