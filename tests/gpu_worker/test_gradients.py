@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.gpu_worker.compiler.programs import CompiledMethod
+from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.finetune.trainer import Trainer
 from services.gpu_worker.kernels.dropout import Dropout
-from services.gpu_worker.model.config import ModelConfig
 from services.gpu_worker.model.peft import (
     ACTIVATIONS,
     BottleneckConfig,
@@ -93,18 +96,36 @@ def gradient_error(
         policy=policy,
         max_tokens_in_flight=max(in_flight, max(lengths) + num_virtual_tokens(method)),
     )
-    with exact_norms():
-        oracle = make_peft(folder, dtype, method)
-        copy_to(trainer, oracle)
-        if dropout:
-            use_masks(oracle, trainer)
-        loss = batch_loss(oracle, dataset, list(range(len(dataset))))
-        loss.backward()
-    advance(trainer, lambda: sizes.randint(1, largest))
+    return error_of(trainer, make_oracle(trainer, folder, dataset), lambda: sizes.randint(1, largest))
 
+
+@dataclass(frozen=True, slots=True)
+class Oracle:
+    """A model of transformers and peft with the gradients of `loss`."""
+
+    model: Any
+    loss: float
+
+
+def make_oracle(trainer: Trainer, folder: Path, dataset: Dataset) -> Oracle:
+    """For all trainers of the same method, model and data."""
+    with exact_norms():
+        model = make_peft(folder, trainer._model.weights.dtype, trainer.method)
+        if trainer.job.config.lora_dropout:
+            use_masks(model, trainer)
+        loss = batch_loss(model, dataset, list(range(len(dataset))))
+        loss.backward()
+    return Oracle(model, float(loss.detach()))
+
+
+def error_of(trainer: Trainer, oracle: Oracle, window_size: Callable[[], int]) -> float:
+    """Worst relative error of any parameter's gradient, from the oracle's parameters."""
+    copy_to(trainer, oracle.model)
+    advance(trainer, window_size)
     mean, _ = trainer._total.means().read()
-    assert mean == pytest.approx(float(loss.detach()), rel=1e-5 if dtype == torch.float32 else 1e-9)
-    expected = trainable_tensors(oracle, method, model.config)
+    is_wide = trainer._model.weights.dtype == torch.float64
+    assert mean == pytest.approx(oracle.loss, rel=1e-9 if is_wide else 1e-5)
+    expected = trainable_tensors(oracle.model, trainer.method, trainer._model.config)
     ours = trainer.parameters.gradients
     assert ours.keys() == expected.keys()
     errors = {key: relative_error(ours[key], expected[key].grad.view(ours[key].shape)) for key in ours}
@@ -176,13 +197,16 @@ def test_every_activation_policy_gives_the_same_gradients(
     folders: Folders, architecture: str, name: str
 ) -> None:
     folder, method = folders[architecture, False], METHODS[name]
-    config = ModelConfig.from_folder(folder)
-    compiled = CompiledMethod(config, method, dtype=torch.float64, sequence_length=64)
-    for policy in range(len(compiled.policies)):
-        error = gradient_error(
-            folder, torch.float64, method, [23, 14], random.Random(2), 7, policy, in_flight=64
-        )
-        assert error < 1e-9, compiled.policies[policy].name
+    model = make_transformer(folder, torch.float64)
+    dataset = make_dataset([23, 14], model.config.vocab_size)
+    oracle: Oracle | None = None
+    policies = CompiledMethod(model.config, method, dtype=torch.float64, sequence_length=64).policies
+    for number, policy in enumerate(policies):
+        trainer = make_trainer(model, dataset, method=method, policy=number, max_tokens_in_flight=64)
+        oracle = oracle or make_oracle(trainer, folder, dataset)
+        sizes = random.Random(2)
+        error = error_of(trainer, oracle, partial(sizes.randint, 1, 7))
+        assert error < 1e-9, policy.name
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

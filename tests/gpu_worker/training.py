@@ -29,6 +29,7 @@ from services.gpu_worker.model.transformer import Transformer
 from services.gpu_worker.model.weights import load_weights
 
 BLOCK_SIZE = 4
+compiled_methods: dict[tuple[object, ...], CompiledMethod] = {}
 CPU = torch.device("cpu")
 
 
@@ -67,14 +68,15 @@ def make_trainer(
 ) -> Trainer:
     """`policy` is an index into the method's list; the last keeps least. `layout` is for the model's ranks."""
     config = config or JobConfig(batch_size=len(dataset))
-    compiled = CompiledMethod(
-        model.weights.whole,
+    weights = model.weights
+    compiled = compile_method(
+        weights.whole,
         method,
-        dtype=model.weights.dtype,
-        sequence_length=max_tokens_in_flight,
-        dropout=config.lora_dropout > 0,
-        layout=layout,
-        kernels=model.weights.kernels,
+        weights.dtype,
+        max_tokens_in_flight,
+        config.lora_dropout > 0,
+        weights.kernels,
+        layout,
     )
     job = FinetuneJob(
         job_id="ftjob-test",
@@ -86,7 +88,6 @@ def make_trainer(
         trains_layers=compiled.trains_layers,
     )
     num_blocks = -(-max_tokens_in_flight // BLOCK_SIZE)
-    weights = model.weights
     cache = KVCache(
         model.config.num_layers,
         num_blocks,
@@ -98,6 +99,25 @@ def make_trainer(
     )
     policies = LayerPolicies.uniform(compiled, compiled.policies[policy])
     return Trainer(model, cache, job, dataset, validation, policies, num_host_layers, copies=copies)
+
+
+def compile_method(
+    whole: ModelConfig,
+    method: Method,
+    dtype: torch.dtype,
+    sequence_length: int,
+    dropout: bool,
+    kernels: Kernels,
+    layout: Layout = ONE_RANK,
+) -> CompiledMethod:
+    """One for all jobs of a process that are alike, as it may be used: compiling takes longest in many a test."""
+    options = {"dtype": dtype, "sequence_length": sequence_length, "dropout": dropout, "kernels": kernels}
+    if layout is not ONE_RANK:
+        return CompiledMethod(whole, method, layout=layout, **options)
+    key = whole, method, *options.values()
+    if key not in compiled_methods:
+        compiled_methods[key] = CompiledMethod(whole, method, **options)
+    return compiled_methods[key]
 
 
 @cache
