@@ -111,12 +111,23 @@ def compile_method(
     layout: Layout = ONE_RANK,
 ) -> CompiledMethod:
     """One for all jobs of a process that are alike, as it may be used: compiling takes longest in many a test."""
-    options = {"dtype": dtype, "sequence_length": sequence_length, "dropout": dropout, "kernels": kernels}
+
+    def compiled() -> CompiledMethod:
+        return CompiledMethod(
+            whole,
+            method,
+            dtype=dtype,
+            sequence_length=sequence_length,
+            dropout=dropout,
+            layout=layout,
+            kernels=kernels,
+        )
+
     if layout is not ONE_RANK:
-        return CompiledMethod(whole, method, layout=layout, **options)
-    key = whole, method, *options.values()
+        return compiled()
+    key = whole, method, dtype, sequence_length, dropout, kernels
     if key not in compiled_methods:
-        compiled_methods[key] = CompiledMethod(whole, method, **options)
+        compiled_methods[key] = compiled()
     return compiled_methods[key]
 
 
