@@ -68,6 +68,11 @@ class Bypass:
     ] = ()  # projections that more than an addition changes, and their rows
 
     @property
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """A and B, where there is a low-rank part."""
+        return None if self.a is None or self.b is None else (self.a, self.b)
+
+    @property
     def size_bytes(self) -> int:
         tensors = [self.a, self.b, self.scale, self.shift, self.input_scale]
         for part in self.bottlenecks:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from services.gpu_worker.kernels.bypass import Moves
 from services.gpu_worker.kernels.linear import gains_by_packing, onednn_product, packed
-from services.gpu_worker.kernels.lora_stream import LoraPairs, Pair
+from services.gpu_worker.kernels.lora_stream import Pair
 from services.gpu_worker.model.adapters import AdapterWeights
 from services.gpu_worker.model.peft import GROUPS
 
@@ -68,7 +69,8 @@ class AdapterStack:
         until = self.size_bytes + num_bytes
         while self._left and self.size_bytes < until:
             layer, group = self._left.pop()
-            pairs = [_pairs(weights).layers[layer][GROUPS.index(group)] for weights in self.adapters]
+            bypasses = [weights.layers[layer].get(group) for weights in self.adapters]
+            pairs = [None if bypass is None else bypass.pair for bypass in bypasses]
             if any(pair is not None for pair in pairs):
                 linear = self._linears[layer, group] = StackedLinear(pairs)
                 self.size_bytes += linear.size_bytes
@@ -137,13 +139,10 @@ class AdapterStacks:
 
 def can_stack(weights: AdapterWeights) -> bool:
     """Whether copies of its low-rank parts may stand beside others', and would be faster there. A product with zero
-    is none with infinity: an adapter that has overflowed stays alone."""
-    pairs = weights.low_rank_pairs
-    if pairs is None or not pairs.all:
+    is none with infinity: an adapter that has overflowed stays alone. So does one of several ranks' that moves tensors
+    between its products."""
+    bypasses = [bypass for layer in weights.layers for bypass in layer.values()]
+    pairs = [pair for bypass in bypasses if (pair := bypass.pair) is not None]
+    if not pairs or any(bypass.moves != Moves() for bypass in bypasses):
         return False
-    return all(gains_by_packing(t) and bool(t.isfinite().all()) for pair in pairs.all for t in pair)
-
-
-def _pairs(weights: AdapterWeights) -> LoraPairs:
-    assert weights.low_rank_pairs is not None
-    return weights.low_rank_pairs
+    return all(gains_by_packing(t) and bool(t.isfinite().all()) for pair in pairs for t in pair)

@@ -107,7 +107,7 @@ class AdapterWeights:
         bypasses = [[layer.get(group) for group in GROUPS] for layer in self.layers]
         if any(b is not None and b.moves != Moves() for layer in bypasses for b in layer):
             return None
-        return LoraPairs([[_pair(bypass) for bypass in layer] for layer in bypasses])
+        return LoraPairs([[None if b is None else b.pair for b in layer] for layer in bypasses])
 
     def divides_input(self, group: str) -> bool:
         """Whether a fused linear reads only the rank's part of the features."""
@@ -264,7 +264,3 @@ class AdapterWeights:
         if self.divides_input(projection.group):  # the other ranks have the rows' other columns
             found = self._base.group.all_reduce_(found.square()).sqrt()
         return found
-
-
-def _pair(bypass: Bypass | None) -> tuple[Tensor, Tensor] | None:
-    return None if bypass is None or bypass.a is None or bypass.b is None else (bypass.a, bypass.b)
