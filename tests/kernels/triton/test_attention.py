@@ -10,7 +10,7 @@ import torch
 from services.gpu_worker.kernels import paged_attention as plain
 from services.gpu_worker.kernels.paged_attention import Run
 from services.gpu_worker.kernels.triton import attention as fused
-from services.gpu_worker.kernels.triton.attention_tiles import Shapes
+from services.gpu_worker.kernels.triton.attention_tiles import Shapes, forward_tiles
 from services.gpu_worker.kernels.triton.sizes import UnsupportedShape
 from tests.kernels.paged_batches import PagedCase, attention, make_case
 from tests.kernels.triton.twins import ACCURACY, DTYPES, relative_error
@@ -80,7 +80,7 @@ def test_long_contexts_are_read_in_parts(
     monkeypatch.setattr(Shapes, "forward_forms", lambda shapes: cut)
     runs = [Run(1, 63), Run(1, 65, table=1), Run(4, 194, table=2), Run(12, 300, first_key=7, table=3)]
     case = make_case(runs, num_kv_heads=1, dtype=dtype, device=device)
-    num_parts = [tiles.num_parts for _, tiles in fused._tiles(case.batch, Shapes.of(*arguments(case)))]
+    num_parts = [tiles.num_parts for _, tiles in forward_tiles(case.batch, Shapes.of(*arguments(case)))]
     assert num_parts[0] == 2 + 4
     assert num_parts[1] >= 3
     check(case)
