@@ -20,6 +20,7 @@ from services.gpu_worker.engine.interference import Interference, Overlap, choos
 from services.gpu_worker.engine.profile import measure_interference
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.engine.side_stream import InTurn, SideStream
+from services.gpu_worker.engine.startup import measured_extent
 from services.gpu_worker.finetune.job import JobConfig, Window
 from tests.builders import make_tiny_model
 from tests.gpu_worker.engines import METHODS, make_engine, prompt_of, run
@@ -298,8 +299,9 @@ def test_what_does_one_thing_after_the_other_is_found_to_gain_nothing(folder: Pa
     engine = make_engine(folder, scheduler=LIMITS, lanes=False)
     engine.runner.side = InTurn()
     policies = engine.admission.usual_policies()
-    assert measure_interference(engine.runner, engine._extent, policies, "auto") is None
-    found = measure_interference(engine.runner, engine._extent, policies, "on")
+    extent = measured_extent(engine.config, engine.runner, engine.max_model_len)
+    assert measure_interference(engine.runner, extent, policies, "auto") is None
+    found = measure_interference(engine.runner, extent, policies, "on")
     assert found is not None and found.together_ms(3.0, 4.0) == pytest.approx(7.0)
     assert not engine.runner.trainers
 

@@ -5,35 +5,26 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from services.gpu_worker.compiler.layout import choose_layout
-from services.gpu_worker.engine.admission import Admission
 from services.gpu_worker.engine.attainment import Attainment
 from services.gpu_worker.engine.batch import Batch, Timing, Update
 from services.gpu_worker.engine.block_manager import BlockManager
 from services.gpu_worker.engine.config import (
     EngineConfig,
     device_of,
-    dtype_of,
     is_asynchronous,
-    make_linear,
     may_use_side_stream,
 )
-from services.gpu_worker.engine.decode_graphs import SHARE as GRAPHS_SHARE
 from services.gpu_worker.engine.events import IterationStats, JobEvent, StepResult, TokenEvent
-from services.gpu_worker.engine.fit import Extent
 from services.gpu_worker.engine.in_flight import InFlight, RunResult
-from services.gpu_worker.engine.interference import Interference
-from services.gpu_worker.engine.lanes import NUM_LANES, Lanes
-from services.gpu_worker.engine.latency import LatencyModel
+from services.gpu_worker.engine.jobs import Jobs
 from services.gpu_worker.engine.memory import (
     MemoryAccount,
-    cache_bytes,
     free_bytes,
     pool_bytes,
     restart_peak,
@@ -41,27 +32,28 @@ from services.gpu_worker.engine.memory import (
 )
 from services.gpu_worker.engine.memory_watch import MemoryWatch
 from services.gpu_worker.engine.model_runner import ModelRunner
-from services.gpu_worker.engine.profile import extent_of, measure_interference, profile
-from services.gpu_worker.engine.profile_cache import ProfileCache, key_of
 from services.gpu_worker.engine.requests import InvalidRequest, Requests
 from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
-from services.gpu_worker.engine.side_stream import make_side_stream
 from services.gpu_worker.engine.slo import DEFAULT_TIER
-from services.gpu_worker.finetune.checkpoint import load_checkpoint, save_checkpoint
+from services.gpu_worker.engine.startup import (
+    find_interference,
+    make_admission,
+    make_cache,
+    make_lanes,
+    make_latency,
+    make_model,
+    measured_extent,
+    record_decodes,
+)
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
 from services.gpu_worker.finetune.memory import JobMemory
-from services.gpu_worker.finetune.policies import LayerPolicies
-from services.gpu_worker.finetune.trainer import Trainer, examples_of
-from services.gpu_worker.kernels.backend import choose_kernels
-from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.model.adapter_pool import AdapterPool
 from services.gpu_worker.model.parallel import ALONE, Group
-from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens
-from services.gpu_worker.model.peft_files import read_peft, write_peft
-from services.gpu_worker.model.transformer import Transformer
-from services.gpu_worker.model.weights import ModelWeights, load_weights
+from services.gpu_worker.model.peft import Method
+from services.gpu_worker.model.peft_files import read_peft
+from services.gpu_worker.model.weights import ModelWeights
 
 
 @dataclass(slots=True)
@@ -93,44 +85,38 @@ class Engine:
         self.is_asynchronous = is_asynchronous(config, device, group.size)
         if device.type == "cpu" and config.num_threads:
             torch.set_num_threads(config.num_threads)
-        make = make_linear(config)
-        kernels = choose_kernels(config.kernels, device)
-        dtype = dtype_of(config.dtype, device)
-        weights = weights or load_weights(config.model_dir, dtype, device, make, group)
-        weights = replace(weights, kernels=kernels)
-        self.max_model_len = min(config.scheduler.max_model_len, weights.config.max_position)
-        longest = max(self.max_model_len, min(config.finetune_tokens_in_flight, weights.config.max_position))
-        self.model = Transformer(weights, longest)
+        self.model = make_model(config, device, group, weights)
+        self.max_model_len = min(config.scheduler.max_model_len, self.model.config.max_position)
         ranks_beside = group.size if device.type == "cpu" else 1  # in the same memory
         free = group.least(free_bytes(device) // ranks_beside)
-        self.cache = self._make_cache(device, free)
+        self.cache = make_cache(config, self.model, self.max_model_len, free)
         self.adapters = AdapterPool(config.max_adapters)
-        self.runner = ModelRunner(self.model, self.cache, self.adapters, self._make_lanes(device))
+        self.runner = ModelRunner(self.model, self.cache, self.adapters, make_lanes(config, device, group))
         left = free - self.cache.size_bytes
-        if config.cuda_graphs and kernels.is_triton and device.type == "cuda" and group.size == 1:
-            graphs = int(left * GRAPHS_SHARE)
-            self.runner.record_decodes(config.scheduler.max_num_seqs, self.max_model_len, graphs)
-            left -= graphs
-        self.admission = self._make_admission()
+        left -= record_decodes(config, self.runner, self.max_model_len, left)
+        self.admission = make_admission(config, self.runner)
         self.admission.set_budget(config.finetune_bytes, left, config.max_adapters)
         self.blocks = BlockManager(self.cache.num_blocks, config.block_size)
         policies = self.admission.usual_policies()
-        latency, lane_latency = self._make_latency(policies), None
+        extent = measured_extent(config, self.runner, self.max_model_len)
+        latency, lane_latency = make_latency(config, self.runner, extent, policies), None
         if self.runner.lanes:
             with self.runner.lanes.threads_of_one():
-                lane_latency = self._make_latency(policies)
+                lane_latency = make_latency(config, self.runner, extent, policies)
         self.scheduler = Scheduler(self._limits(), self.blocks, latency, lane_latency)
         self.scheduler.finetuning.can_give_back = self._follows_clock(device)
         if may_use_side_stream(config, device, group.size) and config.max_finetune_jobs:
-            self.scheduler.finetuning.interference = self._find_interference(policies)
+            self.scheduler.finetuning.interference = find_interference(config, self.runner, extent, policies)
         slack_ms = self.scheduler.slack_beside_decodes_ms(config.slos[DEFAULT_TIER].tpot_ms)
         self.admission.set_pace(policies, latency, config.scheduler.min_window, slack_ms)
-        self._watch = MemoryWatch(weights, self.scheduler, self.runner.trainers, self.admission.can_move)
+        self._watch = MemoryWatch(
+            self.model.weights, self.scheduler, self.runner.trainers, self.admission.can_move
+        )
         self.attainment = Attainment(config.slos)
         self._requests = Requests(
             config.slos, self.adapters, self.model.config.vocab_size, self.max_model_len
         )
-        self._jobs: dict[str, FinetuneJob] = {}
+        self._jobs = Jobs(self.runner, self.admission, config.max_finetune_jobs, config.max_lora_rank)
         self._launched: deque[_Launched] = deque()  # not settled yet, the oldest first
         restart_peak(device)  # loading the model and measuring it is over
 
@@ -143,72 +129,6 @@ class Engine:
         """Whether the host sees in time how late an iteration is: a GPU has been given all of it by then, and clocks
         of several ranks differ."""
         return device.type == "cpu" and self.group.size == 1 and not self.is_asynchronous
-
-    def _make_cache(self, device: torch.device, free: int) -> KVCache:
-        config, dtype = self.model.config, self.model.weights.dtype
-        block_bytes = 2 * config.num_layers * config.kv_size * dtype.itemsize * self.config.block_size
-        num_blocks = (self.config.kv_cache_bytes or cache_bytes(device, free)) // block_bytes
-        if num_blocks * self.config.block_size < self.max_model_len:
-            raise ValueError(
-                f"the key/value cache holds {num_blocks * self.config.block_size} tokens, fewer than one "
-                f"sequence of {self.max_model_len}: raise kv_cache_bytes or lower max_model_len"
-            )
-        return KVCache(
-            config.num_layers,
-            num_blocks,
-            self.config.block_size,
-            config.num_kv_heads,
-            config.head_dim,
-            dtype,
-            device,
-        )
-
-    def _make_lanes(self, device: torch.device) -> Lanes | None:
-        num_threads = torch.get_num_threads()
-        possible = device.type == "cpu" and num_threads % NUM_LANES == 0 and self.group.size == 1
-        return Lanes(num_threads) if possible and self.config.lanes else None
-
-    def _make_admission(self) -> Admission:
-        config = self.config
-        return Admission(
-            self.model.weights,
-            config.max_finetune_jobs,
-            min(config.finetune_tokens_in_flight, self.cache.num_blocks * config.block_size),
-            config.max_lora_rank,
-            config.offload_activations,
-            config.activation_bytes,
-            NUM_LANES if self.runner.lanes else 1,
-            config.scheduler.min_window,
-        )
-
-    @property
-    def _extent(self) -> Extent:
-        limits = self.config.scheduler
-        rows = limits.max_num_batched_tokens + limits.finetune_window
-        sizes = limits.max_num_seqs, self.max_model_len, rows, limits.finetune_window
-        return extent_of(self.runner, *sizes)
-
-    def _find_interference(self, policies: LayerPolicies) -> Interference | None:
-        """Measured on a side stream, which stays where it is worth it."""
-        runner = self.runner
-        runner.side = make_side_stream(self.cache.device)
-        found = measure_interference(runner, self._extent, policies, self.config.backward_stream)
-        if found is None:
-            runner.side = None
-        return found
-
-    def _make_latency(self, policies: LayerPolicies) -> LatencyModel:
-        if self.config.latency is not None:
-            return deepcopy(self.config.latency)  # with corrections of its own
-        config, limits, weights = self.config, self.config.scheduler, self.model.weights
-        extent = self._extent
-        if config.profile_dir is None:
-            return profile(self.runner, extent, policies, grain=limits.min_window)
-        form = f"{config.quantise}/{config.int4_group_size}" if config.quantise == "int4" else config.quantise
-        key = key_of(weights, form, extent, config.block_size, policies)
-        return profile(
-            self.runner, extent, policies, ProfileCache(config.profile_dir, key), limits.min_window
-        )
 
     # --- one iteration
 
@@ -243,11 +163,11 @@ class Engine:
         ends_s = begins_s + batch.predicted_ms / 1000
         self.scheduler.advance(batch, ends_s)
         for job_id, _ in flight.failures if flight else ():
-            self._stop(self._jobs[job_id])
+            self._stop(self._jobs.get(job_id))
         finished = [job for job in self.scheduler.jobs if job.phase is Phase.DONE]
         for job in finished:
             self.scheduler.remove_job(job)
-        launched = _Launched(batch, flight, ends_s, dict(self._jobs), finished)
+        launched = _Launched(batch, flight, ends_s, self._jobs.all(), finished)
         if not launched.is_empty:
             self._launched.append(launched)
         return launched
@@ -310,7 +230,8 @@ class Engine:
         """Of jobs that nobody has removed meanwhile."""
 
         def is_here(job_id: str) -> bool:
-            return job_id in self._jobs and self._jobs[job_id] is launched.jobs.get(job_id)
+            job = self._jobs.find(job_id)
+            return job is not None and job is launched.jobs.get(job_id)
 
         events = [JobEvent(job_id, report) for job_id, report in found.reports if is_here(job_id)]
         for job_id, error in found.failures:
@@ -400,7 +321,7 @@ class Engine:
     # --- jobs
 
     def can_add_job(self) -> bool:
-        return len(self._jobs) < self.config.max_finetune_jobs and not self.admission.is_full
+        return self._jobs.can_add()
 
     def add_job(
         self,
@@ -419,54 +340,16 @@ class Engine:
 
         Raises ValueError for what cannot run, JobMustWait for what does not fit beside the jobs that run.
         """
-        if isinstance(method, LoraConfig) and method.rank > self.config.max_lora_rank:
-            raise ValueError(f"rank {method.rank} exceeds {self.config.max_lora_rank}")
-        lengths = examples_of(training, method)
-        held_out = examples_of(validation, method) if validation else None
-        plan = self.admission.find_plan(method, config, lengths, held_out)
-        job = FinetuneJob(
-            job_id,
-            config,
-            lengths,
-            held_out,
-            self.model.config.num_layers,
-            plan.max_tokens,
-            self.admission.grain,
-            weight,
-            trains_layers=plan.policies.compiled.trains_layers,
-            can_park=plan.can_park,
-            tenant=tenant,
-        )
-        longest = self.model.max_position - num_virtual_tokens(method)
-        for dataset in filter(None, (training, validation)):
-            dataset.check(self.model.config.vocab_size, longest)
-        trainer = Trainer(
-            self.model,
-            self.cache,
-            job,
-            training,
-            validation,
-            plan.policies,
-            plan.num_host_layers,
-            self.admission.num_lanes,
-        )
-        job.num_update_parts = trainer.parameters.num_parts
-        if checkpoint is not None:
-            load_checkpoint(trainer, checkpoint)
-        self.admission.reserve(job_id, plan)
-        self.runner.trainers[job_id] = trainer
-        self._jobs[job_id] = job
+        job = self._jobs.add(job_id, config, method, training, validation, tenant, weight, checkpoint)
         self.scheduler.add_job(job)
         return job
 
     def remove_job(self, job_id: str) -> None:
         """Stops a job and frees what it holds; unknown ids are ignored."""
-        job = self._jobs.pop(job_id, None)
-        if job is None:
-            return
-        self._stop(job)
-        del self.runner.trainers[job_id]
-        self.admission.release(job_id)
+        job = self._jobs.find(job_id)
+        if job is not None:
+            self._stop(job)
+            self._jobs.release(job_id)
 
     def _stop(self, job: FinetuneJob) -> None:
         """Schedules nothing more of it."""
@@ -474,23 +357,21 @@ class Engine:
             self.scheduler.remove_job(job)
 
     def job(self, job_id: str) -> FinetuneJob:
-        return self._jobs[job_id]
+        return self._jobs.get(job_id)
 
     def checkpoint_job(self, job_id: str) -> dict[str, bytes]:
         """The job's state after its last optimizer step, as files."""
         self._end_update(job_id)
-        return save_checkpoint(self.runner.trainers[job_id])
+        return self._jobs.checkpoint(job_id)
 
     def export_job(self, job_id: str, base_model: str) -> dict[str, bytes]:
         """The job's adapter as PEFT's two files."""
         self._end_update(job_id)
-        parameters = self.runner.trainers[job_id].parameters
-        values = parameters.whole_masters()
-        return write_peft(self.model.weights.whole, parameters.weights.method, base_model, values)
+        return self._jobs.export(job_id, base_model)
 
     def _end_update(self, job_id: str) -> None:
         """Finishes an optimizer step of which only some parts have moved; its report comes with the next `step`."""
-        job = self._jobs[job_id]
+        job = self._jobs.get(job_id)
         if job.updated_parts:
             self._enter(Batch(updates=[Update(job, job.updated_parts, job.num_update_parts)]))
 
