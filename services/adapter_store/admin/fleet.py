@@ -16,6 +16,7 @@ OWNERS = {  # of a worker's memory: those that serve, then those that train
     "weights": "Weights",
     "kv_cache": "KV cache",
     "adapters": "Adapters",
+    "decode_graphs": "Graphs",
     "trainable": "In training",
     "gradients": "Gradients",
     "optimizer": "Optimizer",
@@ -32,6 +33,15 @@ class Fleet:
 
     workers: tuple[WorkerStatus, ...]
     is_known: bool = True
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Those of `OWNERS` that some worker may have."""
+        return {
+            owner: label
+            for owner, label in OWNERS.items()
+            if any(owner in worker.memory_bytes for worker in self.workers)
+        }
 
     @property
     def inference_tokens_per_s(self) -> float:

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import HTMLResponse, JSONResponse
 
 from services.adapter_store.admin.console import Database, Render, Workers
-from services.adapter_store.admin.fleet import OWNERS, memory_shares, state_of
+from services.adapter_store.admin.fleet import memory_shares, state_of
 from services.adapter_store.admin.queries import adapters, jobs
 from shared.models import JOB_STATUSES
 
@@ -21,7 +21,6 @@ async def overview(page: Render, db: Database, fleet: Workers) -> HTMLResponse:
         "overview.html",
         fleet=fleet,
         state_of=state_of,
-        owners=OWNERS,
         memory_shares=memory_shares,
         counts={status: counts.get(status, 0) for status in JOB_STATUSES},
         num_adapters=num_adapters,
