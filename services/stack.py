@@ -96,23 +96,24 @@ def programs(settings: Settings, state: State) -> list[Program]:
 
     tasks = ("celery", "--app", "services.adapter_store.celery", "worker", "--beat", "--loglevel", "info")
     schedule = ("--schedule", str(state.directory / "beat-schedule"))
-    works = partial(worker_problem, settings, host=this_host())
+    worker = program(
+        "gpu-worker",
+        "services.gpu_worker",
+        # what one that died has reported is still there for a while, and tells nothing of this one
+        check=lambda: worker_problem(settings, this_host(), started_within_s=worker.uptime_s),
+        stop_timeout_s=settings.drain_s + 15,
+        # the cores are shared with the other parts: threads at a barrier spin for microseconds, not for
+        # milliseconds, and then sleep (sleeping at once would cost almost half of the speed)
+        GOMP_SPINCOUNT="20000",
+        # one for each product and number of rows: co-serving has more of them than oneDNN keeps by default
+        ONEDNN_PRIMITIVE_CACHE_CAPACITY="8192",
+    )
     return [
         program(
             "adapter-store", "services.adapter_store", check=lives(settings.store_port), stop_timeout_s=15
         ),
         program("tasks", *tasks, *schedule, check=lambda: None, stop_timeout_s=30),
-        program(
-            "gpu-worker",
-            "services.gpu_worker",
-            check=works,
-            stop_timeout_s=settings.drain_s + 15,
-            # the cores are shared with the other parts: threads at a barrier spin for microseconds, not for
-            # milliseconds, and then sleep (sleeping at once would cost almost half of the speed)
-            GOMP_SPINCOUNT="20000",
-            # one for each product and number of rows: co-serving has more of them than oneDNN keeps by default
-            ONEDNN_PRIMITIVE_CACHE_CAPACITY="8192",
-        ),
+        worker,
         program("api", "services.api", check=lives(settings.api_port), stop_timeout_s=40),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import Sequence
 
@@ -23,13 +24,21 @@ def find_workers(settings: Settings) -> list[WorkerStatus]:
     return asyncio.run(ask())
 
 
-def worker_problem(settings: Settings, host: str | None = None) -> str | None:
-    """None when a worker (on `host`, where given) makes progress."""
+def worker_problem(
+    settings: Settings, host: str | None = None, started_within_s: float = math.inf
+) -> str | None:
+    """None when a worker (on `host`, where given) that is up for no longer than so makes progress."""
     try:
         workers = find_workers(settings)
     except QueueUnavailable as error:
         return f"Redis does not answer: {error}"
-    return progress_problem([worker for worker in workers if host is None or is_on(worker, host)])
+    return progress_problem(
+        [
+            worker
+            for worker in workers
+            if (host is None or is_on(worker, host)) and worker.uptime_s <= started_within_s
+        ]
+    )
 
 
 def progress_problem(workers: Sequence[WorkerStatus]) -> str | None:

@@ -66,6 +66,11 @@ class Program:
     check: Callable[[], str | None]
     stop_timeout_s: float = 10.0
     process: subprocess.Popen[bytes] | None = None
+    started_s: float = field(default_factory=time.monotonic, init=False)  # last
+
+    @property
+    def uptime_s(self) -> float:
+        return time.monotonic() - self.started_s
 
     @property
     def is_running(self) -> bool:
@@ -77,6 +82,7 @@ class Program:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if self.log_path.exists() and self.log_path.stat().st_size > MAX_LOG_BYTES:
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
+        self.started_s = time.monotonic()
         with self.log_path.open("ab") as log:
             self.process = child.spawn(self.argv, log=log, env=self.environment)
 

@@ -122,6 +122,7 @@ class WorkerStatus(Message):
     model: str = ""
     draining: bool = False
     progress_age_s: float = 0.0  # since it was last idle or finished a step; the reader adds the report's age
+    uptime_s: float = 0.0  # since the model was loaded; the reader adds the report's age
     engine_steps: int = 0
     running: int = 0
     waiting: int = 0

@@ -73,6 +73,7 @@ class Worker:
         self._meter = Meter()
         self._recorder = Recorder(IterationSender(client, self.worker_id))
         self._stopping = False
+        self._started_s = time.monotonic()
         self._steps = 0
         self._beat_s = 0.0
         self._take_s = 0.0
@@ -146,6 +147,7 @@ class Worker:
                 worker_id=self.worker_id,
                 model=self._settings.model_id,
                 draining=draining,
+                uptime_s=now - self._started_s,
                 engine_steps=self._steps,
                 running=len(scheduler.running),
                 waiting=len(scheduler.waiting),

@@ -128,7 +128,7 @@ class InferenceClient:
             self._forget(inbox)
 
     async def workers(self) -> list[WorkerStatus]:
-        """Workers that reported within their time to live, with the age of their progress as of now."""
+        """Workers that reported within their time to live, with their ages as of now."""
         ttl_s = int(self._settings.worker_ttl_s) or 1
         try:
             found = await script("workers").run_async(self._client, ttl_s)
@@ -137,8 +137,12 @@ class InferenceClient:
         statuses = []
         for age_ms, text in found:
             status = WorkerStatus.model_validate_json(text)
-            age_s = status.progress_age_s + age_ms / 1000
-            statuses.append(status.model_copy(update={"progress_age_s": age_s}))
+            age_s = age_ms / 1000
+            ages = {
+                "progress_age_s": status.progress_age_s + age_s,
+                "uptime_s": status.uptime_s + age_s,
+            }
+            statuses.append(status.model_copy(update=ages))
         return statuses
 
     async def _next(self, inbox: Inbox) -> Frame | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from services.status import find_workers, is_on, progress_problem, worker_line, worker_problem
 from shared.config import Settings
 from shared.messages import WorkerStatus
@@ -25,6 +27,21 @@ def test_a_worker_that_reported_is_found_on_its_host_only(settings: Settings) ->
     assert [worker.worker_id for worker in find_workers(settings)] == ["gpu-node-7-abcdef"]
     assert worker_problem(settings, host="gpu-node-7") is None
     assert worker_problem(settings, host="gpu-node") == "no worker has reported yet"
+
+
+def test_the_last_report_of_a_worker_that_died_does_not_make_the_next_one_ready(settings: Settings) -> None:
+    """Nor does one that is left over from before and still reports."""
+    report(settings, make_status("gpu-node-7-dead00", uptime_s=100.0))
+    assert worker_problem(settings, "gpu-node-7", started_within_s=20.0) == "no worker has reported yet"
+    report(settings, make_status("gpu-node-7-abcdef", uptime_s=5.0))
+    assert worker_problem(settings, "gpu-node-7", started_within_s=20.0) is None
+
+
+def test_a_worker_grows_older_after_its_report(settings: Settings) -> None:
+    report(settings, make_status(uptime_s=0.0))
+    time.sleep(0.05)
+    assert worker_problem(settings, started_within_s=0.01) == "no worker has reported yet"
+    assert worker_problem(settings, started_within_s=60.0) is None
 
 
 def test_a_worker_without_progress_is_a_problem_unless_another_works(settings: Settings) -> None:

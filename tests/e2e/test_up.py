@@ -53,6 +53,9 @@ class Up:
         url = f"http://127.0.0.1:{self.api_port}/v1/chat/completions"
         return httpx.post(url, json=body, headers={"authorization": f"Bearer {key}"}, timeout=60)
 
+    def num_workers_begun(self) -> int:
+        return (self.state / "logs" / "gpu-worker.log").read_text().count("worker_ready")
+
     def family(self) -> list[int]:
         """Every process below `flexllm up`."""
         parents = {int(path.name): parent_of(path) for path in Path("/proc").glob("[0-9]*")}
@@ -111,6 +114,8 @@ def test_a_stack_survives_a_crash_and_a_kill_and_stops_without_a_rest(up: Up, ti
     assert answer.status_code == 200, answer.text
     assert find_program(up, "services.gpu_worker") != worker
 
+    assert up.num_workers_begun() == 2
+
     key = (up.state / "dev-key").read_text()
     family = up.family()
     assert len(family) > 6
@@ -121,6 +126,9 @@ def test_a_stack_survives_a_crash_and_a_kill_and_stops_without_a_rest(up: Up, ti
     again = Up(up.state, tiny_model_dir)
     try:
         again.wait_until_ready()
+        assert (
+            again.num_workers_begun() == 3
+        )  # the report of the one that was killed has not been taken for its own
         assert (up.state / "dev-key").read_text() == key
         answer = again.chat()
         assert answer.status_code == 200, answer.text
