@@ -4,58 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from services.gpu_worker.compiler.programs import ForwardPrograms
-from services.gpu_worker.engine.batch import Batch, Chunk, JobWindow, Update
+from services.gpu_worker.engine.batch import Batch, JobWindow, Update
 from services.gpu_worker.engine.decode_graphs import Decoded, DecodeGraphs
 from services.gpu_worker.engine.in_flight import InFlight, LaneMarks, Mark, OverlapMarks, RunResult
 from services.gpu_worker.engine.lanes import Gate, Lanes, Progress
-from services.gpu_worker.engine.sampler import Drawn, LogprobRows, draw, have_penalties, sampling_rows
-from services.gpu_worker.engine.sequence import Sequence
+from services.gpu_worker.engine.prompt_logprobs import prompt_logprobs
+from services.gpu_worker.engine.rows import Rows, lay_out
+from services.gpu_worker.engine.sampler import Drawn, draw, have_penalties, sampling_rows
 from services.gpu_worker.engine.side_stream import SideStream
-from services.gpu_worker.engine.stream_attention import Stream, attention_of
+from services.gpu_worker.engine.stream_inputs import StreamInputs
 from services.gpu_worker.finetune.trainer import Trainer
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.transfer import to_device
 from services.gpu_worker.model.adapter_pool import AdapterPool
-from services.gpu_worker.model.adapters import AdapterWeights
-from services.gpu_worker.model.attention import Attention
-from services.gpu_worker.model.context import (
-    AdapterRun,
-    Capture,
-    ForwardContext,
-    VirtualRows,
-)
-from services.gpu_worker.model.low_rank import low_rank_of
+from services.gpu_worker.model.context import runs_of
 from services.gpu_worker.model.peft import HEAD
 from services.gpu_worker.model.transformer import Transformer
 
 RECORDING_S = 20.0  # at start-up, at most
-LOGPROB_ROWS = 64  # of a prompt whose full logits exist at a time
 HOST = torch.device("cpu")
-
-
-@dataclass(slots=True)
-class Rows:
-    """Who has which rows of the flat stream: training windows, then pieces of prompts, then decodes."""
-
-    forwards: list[tuple[JobWindow, slice]]
-    prompts: list[tuple[Chunk, slice]]
-    decodes: list[tuple[Chunk, slice]]
-
-    @property
-    def chunks(self) -> list[tuple[Chunk, slice]]:
-        return self.prompts + self.decodes
-
-    @property
-    def are_decodes(self) -> bool:
-        return not (self.forwards or self.prompts)
 
 
 class ModelRunner:
@@ -77,6 +51,7 @@ class ModelRunner:
         self.decode_graphs: DecodeGraphs | None = None
         weights = model.weights
         self._programs = ForwardPrograms(weights.whole, weights.group.size, weights.kernels)
+        self._inputs = StreamInputs(model, cache, adapters, self._programs, self.trainers)
 
     def record_decodes(self, max_rows: int, max_model_len: int, budget: int) -> None:
         """From here on forwards over decodes alone are recorded, in `budget` bytes of the device. Nothing may be in the
@@ -200,7 +175,7 @@ class ModelRunner:
         self, lane: int, batch: Batch, forwards: list[JobWindow], progress: Progress, flight: InFlight
     ) -> None:
         own = [work for work in forwards if work.lane == lane]
-        rows = self.lay_out(batch if lane == 0 else Batch(), own)
+        rows = lay_out(batch if lane == 0 else Batch(), own)
         if not (rows.forwards or rows.chunks):
             return
         beside = {work.job.job_id for work in forwards if work.lane != lane}
@@ -219,7 +194,8 @@ class ModelRunner:
             self._guarded(work.job.job_id, flight, finish)
         for chunk, span in rows.chunks:
             if chunk.sequence.sampling.prompt_logprobs is not None:
-                flight.readers += self._prompt_logprobs(chunk, hidden[span])
+                adapter = self._inputs.adapter(chunk.sequence)
+                flight.readers += prompt_logprobs(self.model, chunk, hidden[span], adapter)
 
     def decoded(self, rows: Rows) -> Decoded | None:
         """What a recorded forward over decodes alone finds; None where there is none for the batch."""
@@ -227,49 +203,27 @@ class ModelRunner:
             return None
         sequences = [chunk.sequence for chunk, _ in rows.decodes]
         sampling = None if have_penalties(sequences) else sampling_rows(sequences, HOST)
-        return self.decode_graphs.decode(rows.decodes, self._tokens(rows), self._adapter_runs(rows), sampling)
+        tokens = self._inputs.tokens(rows, self._drawn)
+        return self.decode_graphs.decode(rows.decodes, tokens, self._inputs.adapter_runs(rows), sampling)
 
     def hidden(self, rows: Rows, gate: Gate | None = None) -> Tensor:
         """Hidden states [N, D] of the stream."""
-        context = self._context(rows)
+        context = self._inputs.context(rows)
         context.gate = gate
-        return self.model.forward(self._tokens(rows), self.cache, context)
-
-    def _tokens(self, rows: Rows) -> Tensor:
-        """int64 [N]."""
-        tokens = [self._trainer(work).tokens(work.window) for work, _ in rows.forwards]
-        flat: list[int] = []
-        for chunk, _ in rows.chunks:
-            flat += chunk.sequence.tokens[chunk.start : chunk.start + chunk.num_tokens]
-        tokens.append(to_device(torch.tensor(flat, dtype=torch.int64), self.device))
-        stream = torch.cat(tokens)
-        self._fill_in_pending(stream, rows)
-        return stream
-
-    def _fill_in_pending(self, tokens: Tensor, rows: Rows) -> None:
-        """Puts tokens that the batch before has drawn, and nobody has read yet, where they are computed."""
-        pending = [(span.stop - 1, chunk.sequence) for chunk, span in rows.chunks if chunk.ends_pending]
-        if pending:
-            assert self._drawn is not None
-            drawn = torch.tensor([[at, self._drawn.row_of[sequence]] for at, sequence in pending])
-            at, row = to_device(drawn.T.contiguous(), self.device)
-            tokens.index_copy_(0, at, self._drawn.tokens.index_select(0, row))
+        return self.model.forward(self._inputs.tokens(rows, self._drawn), self.cache, context)
 
     def _sample(self, rows: Rows, hidden: Tensor, decoded: Decoded | None) -> Drawn | None:
         done = [(chunk.sequence, span.stop - 1) for chunk, span in rows.chunks if chunk.samples]
         if not done:
             return None
         sequences = [sequence for sequence, _ in done]
-        runs = _runs((i, i + 1, self._adapter(sequence)) for i, sequence in enumerate(sequences))
+        runs = runs_of((i, i + 1, self._inputs.adapter(sequence)) for i, sequence in enumerate(sequences))
         if decoded and all(run.weights.low_rank(HEAD) is None for run in runs):
             drawn = decoded.tokens.clone()  # the next batch still reads them
             return draw(decoded.logits, sequences, self._drawn, self._sample_tokens, drawn)
         last = to_device(torch.tensor([row for _, row in done]), self.device)
         logits = self.model.logits(hidden.index_select(0, last), runs)
         return draw(logits, sequences, self._drawn, self._sample_tokens)
-
-    def _adapter(self, sequence: Sequence) -> AdapterWeights | None:
-        return None if sequence.adapter is None else self.adapters.get(sequence.adapter)
 
     def _begin(self, forwards: list[JobWindow], flight: InFlight) -> list[JobWindow]:
         """Takes the training sequences that start here in hand; leaves out jobs that cannot."""
@@ -279,122 +233,3 @@ class ModelRunner:
                 self._guarded(work.job.job_id, flight, begin)
         failed = {job_id for job_id, _ in flight.failures}
         return [work for work in forwards if work.job.job_id not in failed]
-
-    def lay_out(self, batch: Batch, forwards: list[JobWindow]) -> Rows:
-        """Decodes are sorted by adapter, so that those who share one are one run of rows."""
-        decodes = sorted(batch.decodes, key=lambda sequence: sequence.adapter or "")
-        offset = 0
-
-        def span(num_tokens: int) -> slice:
-            nonlocal offset
-            offset += num_tokens
-            return slice(offset - num_tokens, offset)
-
-        return Rows(
-            [(work, span(work.window.num_tokens)) for work in forwards],
-            [(chunk, span(chunk.num_tokens)) for chunk in batch.prompts],
-            [(Chunk(sequence, sequence.num_computed_tokens, 1), span(1)) for sequence in decodes],
-        )
-
-    def _context(self, rows: Rows) -> ForwardContext:
-        positions: list[Tensor] = []
-        blocks: list[int] = []
-        offsets: list[int] = []
-        captures: list[Capture] = []
-        size = self.cache.block_size
-        for work, span in rows.forwards:
-            trainer, window = self._trainer(work), work.window
-            positions.append(trainer.positions(window))
-            blocks += [work.job.blocks[i // size] for i in range(window.start, window.end)]
-            offsets += [i % size for i in range(window.start, window.end)]
-            if not work.sequence.evaluation:
-                captures.append(Capture(span, trainer.store, window.start))
-        places: list[int] = []
-        for chunk, _ in rows.chunks:
-            table, end = chunk.sequence.block_table, chunk.start + chunk.num_tokens
-            places += range(chunk.start, end)
-            blocks += [table[i // size] for i in range(chunk.start, end)]
-            offsets += [i % size for i in range(chunk.start, end)]
-        positions.append(to_device(torch.tensor(places, dtype=torch.int64), self.device))
-        runs = self._adapter_runs(rows)
-        sites = frozenset().union(*(run.weights.sites for run in runs))
-        kept = frozenset().union(*(self._trainer(work).policies.reserve.labels for work, _ in rows.forwards))
-        context = ForwardContext(
-            positions=torch.cat(positions),
-            slots=self.cache.slots(blocks, offsets),
-            program=self._programs.get(sites, kept if captures else frozenset()),
-            attention=self._attention(rows),
-            adapters=runs,
-            captures=captures,
-        )
-        context.low_rank = low_rank_of(runs, self.model.weights, self.adapters)
-        return context
-
-    def _attention(self, rows: Rows) -> Attention:
-        windows = [(self._trainer(work), work.window, span) for work, span in rows.forwards]
-        stream = Stream(windows, rows.prompts, rows.decodes)
-        return attention_of(stream, self.cache, self.model.weights.kernels, self.model.config.num_heads)
-
-    def _adapter_runs(self, rows: Rows) -> list[AdapterRun]:
-        """Of training windows each its own; of requests runs of neighbouring rows with the same adapter."""
-        training = [self._trainer(work).adapter_run(work.window, span.start) for work, span in rows.forwards]
-        serving = _runs((span.start, span.stop, self._adapter(c.sequence)) for c, span in rows.chunks)
-        for run in serving:
-            if run.weights.num_virtual_tokens:
-                run.virtual = self._virtual_rows(run, rows)
-        return training + serving
-
-    def _virtual_rows(self, run: AdapterRun, rows: Rows) -> VirtualRows | None:
-        places: list[int] = []
-        tokens: list[int] = []
-        for chunk, span in rows.chunks:
-            if run.start <= span.start < run.end:
-                virtual = range(
-                    chunk.start, min(chunk.start + chunk.num_tokens, run.weights.num_virtual_tokens)
-                )
-                places += [span.start + token - chunk.start for token in virtual]
-                tokens += virtual
-        if not places:
-            return None
-        placed, own = (to_device(torch.tensor(values), self.device) for values in (places, tokens))
-        return VirtualRows(placed, own)
-
-    def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> Iterator[Callable[[], None]]:
-        """Row i predicts token i + 1 of the prompt; the first token has no prediction. Gives what reads them."""
-        sequence: Sequence = chunk.sequence
-        num_top = sequence.sampling.prompt_logprobs
-        assert num_top is not None
-        if chunk.start == 0:
-            yield partial(_begin_prompt_logprobs, sequence)
-        first = max(chunk.start, sequence.num_virtual_tokens)
-        last = min(chunk.start + chunk.num_tokens, sequence.num_prompt_tokens - 1)
-        count = max(0, last - first)
-        predicted = to_device(torch.tensor(sequence.tokens[first + 1 : last + 1]), self.device)
-        hidden, adapter = hidden[first - chunk.start :], self._adapter(sequence)
-        for start in range(0, count, LOGPROB_ROWS):
-            piece = hidden[start : min(start + LOGPROB_ROWS, count)]
-            logits = self.model.logits(piece, _runs([(0, len(piece), adapter)]))
-            tokens = predicted[start : start + len(piece)]
-            rows = LogprobRows(torch.log_softmax(logits, -1), tokens, [num_top] * len(piece))
-            yield partial(_read_prompt_logprobs, sequence, rows)
-
-
-def _begin_prompt_logprobs(sequence: Sequence) -> None:
-    sequence.prompt_logprobs = [None]
-
-
-def _read_prompt_logprobs(sequence: Sequence, rows: LogprobRows) -> None:
-    sequence.prompt_logprobs += rows.read()
-
-
-def _runs(spans: Iterable[tuple[int, int, AdapterWeights | None]]) -> list[AdapterRun]:
-    """(first row, end, adapter) of neighbours, joined where they share an adapter; the base model's are in none."""
-    runs: list[AdapterRun] = []
-    for start, end, weights in spans:
-        if weights is None:
-            continue
-        if runs and runs[-1].end == start and runs[-1].weights is weights:
-            runs[-1].end = end
-        else:
-            runs.append(AdapterRun(start, end, weights))
-    return runs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,6 +65,19 @@ class AdapterRun:
             return None
         tokens = slice(self.first_token, self.first_token + self.end - self.start)
         return self.dropout.mask(layer, group, tokens, x, self.weights.part_of_input(group))
+
+
+def runs_of(spans: Iterable[tuple[int, int, AdapterWeights | None]]) -> list[AdapterRun]:
+    """(first row, end, adapter) of neighbours, joined where they share an adapter; the base model's are in none."""
+    runs: list[AdapterRun] = []
+    for start, end, weights in spans:
+        if weights is None:
+            continue
+        if runs and runs[-1].end == start and runs[-1].weights is weights:
+            runs[-1].end = end
+        else:
+            runs.append(AdapterRun(start, end, weights))
+    return runs
 
 
 class LowRank(Protocol):

@@ -12,6 +12,7 @@ from services.gpu_worker.engine.batch import Batch
 from services.gpu_worker.engine.decode_graphs import Decoded
 from services.gpu_worker.engine.in_flight import RunResult
 from services.gpu_worker.engine.model_runner import ModelRunner
+from services.gpu_worker.engine.rows import lay_out
 from services.gpu_worker.engine.sequence import Sampling, Sequence
 from services.gpu_worker.kernels.backend import choose_kernels
 from services.gpu_worker.kernels.kv_cache import KVCache
@@ -89,11 +90,11 @@ def decodes_of(lengths: list[int], users: list[str | None]) -> list[Sequence]:
 
 
 def hidden_of(runner: ModelRunner, decodes: list[Sequence]) -> torch.Tensor:
-    return runner.hidden(runner.lay_out(Batch(decodes=decodes), []))
+    return runner.hidden(lay_out(Batch(decodes=decodes), []))
 
 
 def decoded_of(runner: ModelRunner, decodes: list[Sequence]) -> Decoded | None:
-    return runner.decoded(runner.lay_out(Batch(decodes=decodes), []))
+    return runner.decoded(lay_out(Batch(decodes=decodes), []))
 
 
 CASES = {
