@@ -33,7 +33,7 @@ from benchmarks.replay import Run
 from benchmarks.report import save
 from services.gpu_worker.engine.config import EngineConfig
 from services.gpu_worker.engine.engine import Engine
-from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sharing import SharingName
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.job import JobConfig

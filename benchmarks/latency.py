@@ -28,7 +28,7 @@ from benchmarks.report import save
 from services.gpu_worker.engine.batch import Batch, Timing
 from services.gpu_worker.engine.config import EngineConfig
 from services.gpu_worker.engine.engine import Engine
-from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.engine.slo import SLO
 from services.gpu_worker.finetune.dataset import Dataset

@@ -15,7 +15,8 @@ from benchmarks.report import save
 from services.gpu_worker.engine.batch import Sampled
 from services.gpu_worker.engine.block_manager import BlockManager
 from services.gpu_worker.engine.latency import Curve, LatencyModel
-from services.gpu_worker.engine.scheduler import Scheduler, SchedulerConfig
+from services.gpu_worker.engine.scheduler import Scheduler
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling, Sequence
 from services.gpu_worker.engine.slo import SLO
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig

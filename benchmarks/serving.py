@@ -26,7 +26,7 @@ from benchmarks.options import SMOLLM2, Model, ServiceLevel, Threads
 from benchmarks.report import save
 from services.gpu_worker.engine.config import EngineConfig
 from services.gpu_worker.engine.engine import Engine
-from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.model.config import ModelConfig

@@ -20,6 +20,8 @@ ENGINE_LAYERS = ("kernels", "model", "compiler", "finetune", "engine")  # each i
 ENGINE_LIBRARIES = {"torch", "triton", "numpy", "safetensors", "transformers"}
 TENSORLESS = (  # files that decide without tensors
     "engine/scheduler.py",
+    "engine/scheduler_config.py",
+    "engine/inference_scheduler.py",
     "engine/block_manager.py",
     "engine/job_blocks.py",
     "engine/pressure.py",
@@ -28,6 +30,7 @@ TENSORLESS = (  # files that decide without tensors
     "engine/correction.py",
     "engine/fit.py",
     "engine/finetune_scheduler.py",
+    "engine/filling.py",
     "engine/fair_share.py",
     "engine/sharing.py",
     "engine/limits.py",

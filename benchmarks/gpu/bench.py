@@ -18,7 +18,7 @@ from benchmarks.gpu.scales import TARGETS, Scale
 from services.gpu_worker.engine.config import EngineConfig
 from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.memory import free_bytes
-from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sharing import SharingName
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.dataset import Dataset

@@ -16,7 +16,7 @@ from benchmarks.peers.turns import OURS, Run, Side, best, compared
 from benchmarks.peers.vllm_client import Vllm
 from services.gpu_worker.engine.config import EngineConfig
 from services.gpu_worker.engine.engine import Engine
-from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from services.gpu_worker.dry_run import BLOCK_SIZE, FORMS, Form, cache_bytes_per_token
 from services.gpu_worker.engine.config import DTYPES, EngineConfig
 from services.gpu_worker.engine.engine import Engine
-from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.model.config import ModelConfig, UnsupportedModel

@@ -14,7 +14,7 @@ from services.gpu_worker.compiler.parallelize import BypassPlan
 from services.gpu_worker.compiler.plan import TensorPlan
 from services.gpu_worker.dry_run import Form, SequenceBytes
 from services.gpu_worker.dry_window import WindowBytes
-from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.kernels.backend import KernelChoice
 from services.gpu_worker.model.peft import Method
 from services.gpu_worker.savings import Flops, Step

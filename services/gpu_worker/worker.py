@@ -16,7 +16,7 @@ import structlog
 from services.gpu_worker.engine.config import EngineConfig
 from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.events import IterationStats
-from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.slo import SLO
 from services.gpu_worker.inference import InferenceLink
 from services.gpu_worker.ranks import open_engine

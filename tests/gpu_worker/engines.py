@@ -13,7 +13,7 @@ from services.gpu_worker.engine.config import EngineConfig
 from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.events import JobEvent, TokenEvent
 from services.gpu_worker.engine.latency import Curve, LatencyModel
-from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Logprob, Sampling
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.model.config import ModelConfig

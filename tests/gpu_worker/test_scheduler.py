@@ -173,7 +173,7 @@ def test_a_preempted_sequence_finds_its_prefix_again() -> None:
     sequence = make_sequence("r", 30, 4)
     world.scheduler.add(sequence)
     world.step()
-    world.scheduler._preempt(Batch(), sequence)
+    world.scheduler.inference._preempt(Batch(), sequence)
     assert world.scheduler.blocks.num_free_blocks == 16
     assert world.step().chunks[0].start == 28
     assert sequence.num_cached_tokens == 0, "what it computed itself was not found in the cache"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from services.errors import OperatorError
 from services.gpu_worker.engine.config import EngineConfig
 from services.gpu_worker.engine.engine import Engine
-from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.dataset import Dataset

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.gpu_worker.engine.batch import Batch, Sampled
+from services.gpu_worker.engine.batch import Batch, Progress, Sampled
 from services.gpu_worker.engine.block_manager import BlockManager
 from services.gpu_worker.engine.latency import Curve, LatencyModel, Work
-from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
+from services.gpu_worker.engine.scheduler import Scheduler
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling, Sequence
 from services.gpu_worker.engine.slo import DEFAULT_SLO, SLO
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase

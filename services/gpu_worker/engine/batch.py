@@ -210,6 +210,15 @@ class Sampled:
     logprob: Logprob | None = None
 
 
+@dataclass(slots=True)  # not frozen, which takes longer to make: there is one for every token
+class Progress:
+    """What an iteration meant for one sequence."""
+
+    sequence: Sequence
+    sampled: Sampled | None
+    finish: str | None  # stop, length
+
+
 @dataclass(frozen=True, slots=True)
 class LaneTiming:
     """Milliseconds that a lane has computed, without what it waited for the other."""

@@ -13,7 +13,7 @@ import torch
 from services.gpu_worker.engine.admission import Offload
 from services.gpu_worker.engine.interference import BackwardStream
 from services.gpu_worker.engine.latency import LatencyModel
-from services.gpu_worker.engine.scheduler import SchedulerConfig
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.slo import DEFAULT_SLO, DEFAULT_TIER, SLO
 from services.gpu_worker.kernels.backend import KernelChoice
 from services.gpu_worker.kernels.linear import DenseLinear

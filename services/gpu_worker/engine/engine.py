@@ -12,7 +12,7 @@ import torch
 
 from services.gpu_worker.compiler.layout import choose_layout
 from services.gpu_worker.engine.attainment import Attainment
-from services.gpu_worker.engine.batch import Batch, Timing, Update
+from services.gpu_worker.engine.batch import Batch, Progress, Timing, Update
 from services.gpu_worker.engine.block_manager import BlockManager
 from services.gpu_worker.engine.config import (
     EngineConfig,
@@ -33,7 +33,8 @@ from services.gpu_worker.engine.memory import (
 from services.gpu_worker.engine.memory_watch import MemoryWatch
 from services.gpu_worker.engine.model_runner import ModelRunner
 from services.gpu_worker.engine.requests import InvalidRequest, Requests
-from services.gpu_worker.engine.scheduler import Progress, Scheduler, SchedulerConfig
+from services.gpu_worker.engine.scheduler import Scheduler
+from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.engine.slo import DEFAULT_TIER
 from services.gpu_worker.engine.startup import (
