@@ -5,71 +5,44 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from services.gpu_worker.compiler.layout import choose_layout
 from services.gpu_worker.engine.attainment import Attainment
-from services.gpu_worker.engine.batch import Batch, Progress, Timing, Update
+from services.gpu_worker.engine.batch import Batch, Timing, Update
 from services.gpu_worker.engine.block_manager import BlockManager
 from services.gpu_worker.engine.config import (
     EngineConfig,
     device_of,
     is_asynchronous,
-    may_use_side_stream,
 )
 from services.gpu_worker.engine.events import IterationStats, JobEvent, StepResult, TokenEvent
-from services.gpu_worker.engine.in_flight import InFlight, RunResult
+from services.gpu_worker.engine.in_flight import InFlight, Launched, RunResult
 from services.gpu_worker.engine.jobs import Jobs
-from services.gpu_worker.engine.memory import (
-    MemoryAccount,
-    free_bytes,
-    pool_bytes,
-    restart_peak,
-    total_bytes,
-)
+from services.gpu_worker.engine.memory import free_bytes
+from services.gpu_worker.engine.memory_account import MemoryAccount, account_of, restart_peak
 from services.gpu_worker.engine.memory_watch import MemoryWatch
 from services.gpu_worker.engine.model_runner import ModelRunner
 from services.gpu_worker.engine.requests import InvalidRequest, Requests
-from services.gpu_worker.engine.scheduler import Scheduler
-from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.engine.slo import DEFAULT_TIER
 from services.gpu_worker.engine.startup import (
-    find_interference,
     make_admission,
     make_cache,
     make_lanes,
-    make_latency,
     make_model,
-    measured_extent,
+    make_scheduler,
     record_decodes,
 )
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase
-from services.gpu_worker.finetune.memory import JobMemory
 from services.gpu_worker.model.adapter_pool import AdapterPool
 from services.gpu_worker.model.parallel import ALONE, Group
 from services.gpu_worker.model.peft import Method
 from services.gpu_worker.model.peft_files import read_peft
 from services.gpu_worker.model.weights import ModelWeights
-
-
-@dataclass(slots=True)
-class _Launched:
-    """An iteration that is under way; of the jobs that ran then, those that it has brought to their end."""
-
-    batch: Batch
-    flight: InFlight | None  # None where there is nothing to compute
-    ends_s: float  # as predicted
-    jobs: dict[str, FinetuneJob]
-    finished: list[FinetuneJob]
-
-    @property
-    def is_empty(self) -> bool:
-        return self.flight is None and not self.finished
 
 
 class Engine:
@@ -99,17 +72,9 @@ class Engine:
         self.admission.set_budget(config.finetune_bytes, left, config.max_adapters)
         self.blocks = BlockManager(self.cache.num_blocks, config.block_size)
         policies = self.admission.usual_policies()
-        extent = measured_extent(config, self.runner, self.max_model_len)
-        latency, lane_latency = make_latency(config, self.runner, extent, policies), None
-        if self.runner.lanes:
-            with self.runner.lanes.threads_of_one():
-                lane_latency = make_latency(config, self.runner, extent, policies)
-        self.scheduler = Scheduler(self._limits(), self.blocks, latency, lane_latency)
-        self.scheduler.finetuning.can_give_back = self._follows_clock(device)
-        if may_use_side_stream(config, device, group.size) and config.max_finetune_jobs:
-            self.scheduler.finetuning.interference = find_interference(config, self.runner, extent, policies)
+        self.scheduler = make_scheduler(config, self.runner, self.blocks, self.max_model_len, policies)
         slack_ms = self.scheduler.slack_beside_decodes_ms(config.slos[DEFAULT_TIER].tpot_ms)
-        self.admission.set_pace(policies, latency, config.scheduler.min_window, slack_ms)
+        self.admission.set_pace(policies, self.scheduler.latency, config.scheduler.min_window, slack_ms)
         self._watch = MemoryWatch(
             self.model.weights, self.scheduler, self.runner.trainers, self.admission.can_move
         )
@@ -118,18 +83,8 @@ class Engine:
             config.slos, self.adapters, self.model.config.vocab_size, self.max_model_len
         )
         self._jobs = Jobs(self.runner, self.admission, config.max_finetune_jobs, config.max_lora_rank)
-        self._launched: deque[_Launched] = deque()  # not settled yet, the oldest first
+        self._launched: deque[Launched] = deque()  # not settled yet, the oldest first
         restart_peak(device)  # loading the model and measuring it is over
-
-    def _limits(self) -> SchedulerConfig:
-        """Of two iterations that are under way at once, an arrival waits for the rest of one and all of the other."""
-        limits = self.config.scheduler
-        return replace(limits, idle_ms=limits.idle_ms / 2) if self.is_asynchronous else limits
-
-    def _follows_clock(self, device: torch.device) -> bool:
-        """Whether the host sees in time how late an iteration is: a GPU has been given all of it by then, and clocks
-        of several ranks differ."""
-        return device.type == "cpu" and self.group.size == 1 and not self.is_asynchronous
 
     # --- one iteration
 
@@ -151,11 +106,11 @@ class Engine:
             self._settle(self._launched.popleft(), result)
         return result
 
-    def _launch(self) -> _Launched:
+    def _launch(self) -> Launched:
         batch = self.scheduler.schedule(self._next_begin_s())
         return self._enter(batch)
 
-    def _enter(self, batch: Batch) -> _Launched:
+    def _enter(self, batch: Batch) -> Launched:
         """Computes a batch behind those under way, and counts it as done, but for the tokens."""
         begins_s = self._next_begin_s()
         flight = None if batch.is_empty else self._compute(batch)
@@ -168,7 +123,7 @@ class Engine:
         finished = [job for job in self.scheduler.jobs if job.phase is Phase.DONE]
         for job in finished:
             self.scheduler.remove_job(job)
-        launched = _Launched(batch, flight, ends_s, self._jobs.all(), finished)
+        launched = Launched(batch, flight, ends_s, self._jobs.all(), finished)
         if not launched.is_empty:
             self._launched.append(launched)
         return launched
@@ -181,13 +136,16 @@ class Engine:
             return now_s
         return max(now_s, before.ends_s)
 
-    def _settle(self, launched: _Launched, result: StepResult) -> None:
+    def _settle(self, launched: Launched, result: StepResult) -> None:
         """Takes what an iteration has found into the result."""
         found = self._collect(launched.flight) if launched.flight else RunResult()
         if self._launched:  # begins now, whatever was predicted of this one
             self._launched[0].ends_s = self._now_s() + self._launched[0].batch.predicted_ms / 1000
         for item in self.scheduler.receive(found.sampled, self._now_s()):
-            result.tokens.append(self._token_event(item))
+            if item.finish is not None:
+                self.attainment.finish(item.sequence, self._now_s())
+                self._requests.release(item.sequence)
+            result.tokens.append(TokenEvent.of(item))
         if launched.flight:
             self._learn(launched.batch, found.timing)
         result.jobs += self._job_events(launched, found)
@@ -212,22 +170,7 @@ class Engine:
         if share:
             self.scheduler.latency.observe_update(timing.optimizer_ms / share)
 
-    def _token_event(self, item: Progress) -> TokenEvent:
-        sequence = item.sequence
-        if item.finish is not None:
-            self.attainment.finish(sequence, self._now_s())
-            self._requests.release(sequence)
-        first = sequence.num_output_tokens <= 1
-        return TokenEvent(
-            sequence.request_id,
-            item.sampled.token if item.sampled else None,
-            item.finish,
-            item.sampled.logprob if item.sampled else None,
-            max(0, sequence.num_cached_tokens - sequence.num_virtual_tokens),
-            sequence.prompt_logprobs if first and sequence.sampling.prompt_logprobs is not None else None,
-        )
-
-    def _job_events(self, launched: _Launched, found: RunResult) -> list[JobEvent]:
+    def _job_events(self, launched: Launched, found: RunResult) -> list[JobEvent]:
         """Of jobs that nobody has removed meanwhile."""
 
         def is_here(job_id: str) -> bool:
@@ -243,38 +186,11 @@ class Engine:
         return events
 
     def _stats(self, batch: Batch, timing: Timing) -> IterationStats:
-        backward = sum(work.num_tokens for work in batch.backwards)
-        return IterationStats(
-            len(batch.decodes),
-            batch.num_prompt_tokens,
-            batch.num_forward_tokens,
-            backward / self.model.config.num_layers,
-            batch.limit_ms,
-            batch.predicted_ms,
-            timing,
-            len(self.scheduler.running),
-            len(self.scheduler.waiting),
-            self.blocks.num_free_blocks,
-        )
+        return IterationStats.of(batch, timing, self.scheduler, self.model.config.num_layers)
 
     def memory(self) -> MemoryAccount:
         """What everybody holds now, from the tensors that are there."""
-        jobs = sum((trainer.memory for trainer in self.runner.trainers.values()), JobMemory())
-        device = {
-            "weights": self.model.size_bytes,
-            "kv_cache": self.cache.size_bytes,
-            "adapters": self.adapters.size_bytes,
-        }
-        if self.runner.decode_graphs is not None:
-            device["decode_graphs"] = self.runner.decode_graphs.size_bytes
-        return MemoryAccount(
-            device | jobs.on_device(),
-            jobs.on_host(),
-            self.admission.budget,
-            total_bytes(self.cache.device),
-            sum(device.values()) + self.admission.planned_bytes,
-            pool_bytes(self.cache.device),
-        )
+        return account_of(self.runner, self.admission)
 
     # --- requests
 

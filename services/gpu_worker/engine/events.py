@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from services.gpu_worker.engine.batch import Timing
+from services.gpu_worker.engine.batch import Batch, Progress, Timing
+from services.gpu_worker.engine.scheduler import Scheduler
 from services.gpu_worker.engine.sequence import Logprob
 from services.gpu_worker.finetune.reports import StepReport
 
@@ -19,6 +20,19 @@ class TokenEvent:
     logprob: Logprob | None = None
     cached_tokens: int = 0
     prompt_logprobs: list[Logprob | None] | None = None  # with the first event, where asked for
+
+    @classmethod
+    def of(cls, item: Progress) -> TokenEvent:
+        sequence = item.sequence
+        first = sequence.num_output_tokens <= 1
+        return cls(
+            sequence.request_id,
+            item.sampled.token if item.sampled else None,
+            item.finish,
+            item.sampled.logprob if item.sampled else None,
+            max(0, sequence.num_cached_tokens - sequence.num_virtual_tokens),
+            sequence.prompt_logprobs if first and sequence.sampling.prompt_logprobs is not None else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,22 @@ class IterationStats:
     num_running: int = 0
     num_waiting: int = 0
     num_free_blocks: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch, timing: Timing, scheduler: Scheduler, num_layers: int) -> IterationStats:
+        backward = sum(work.num_tokens for work in batch.backwards)
+        return cls(
+            len(batch.decodes),
+            batch.num_prompt_tokens,
+            batch.num_forward_tokens,
+            backward / num_layers,
+            batch.limit_ms,
+            batch.predicted_ms,
+            timing,
+            len(scheduler.running),
+            len(scheduler.waiting),
+            scheduler.blocks.num_free_blocks,
+        )
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ import torch
 from services.gpu_worker.engine.batch import Batch, LaneTiming, Sampled, Timing
 from services.gpu_worker.engine.interference import Interference, Overlap
 from services.gpu_worker.engine.sampler import Drawn
+from services.gpu_worker.finetune.job import FinetuneJob
 from services.gpu_worker.finetune.reports import StepReport, TrainingDiverged
 
 
@@ -136,3 +137,18 @@ class InFlight:
         windows_ms = self.windows_ended.ms_since(self.started)
         forward_ms = lanes[0].forward_ms
         return Timing(forward_ms, windows_ms - forward_ms, self.ended.ms_since(self.windows_ended), lanes)
+
+
+@dataclass(slots=True)
+class Launched:
+    """An iteration that is under way; of the jobs that ran then, those that it has brought to their end."""
+
+    batch: Batch
+    flight: InFlight | None  # None where there is nothing to compute
+    ends_s: float  # as predicted
+    jobs: dict[str, FinetuneJob]
+    finished: list[FinetuneJob]
+
+    @property
+    def is_empty(self) -> bool:
+        return self.flight is None and not self.finished

@@ -1,4 +1,4 @@
-"""Whose the device's memory is: what is left of it, how it is shared out, and what everybody holds.
+"""Whose the device's memory is: what is left of it, and how it is shared out.
 
 Weights come first. The key/value cache is a setting, or most of what a GPU has left and at most 1 GiB of a
 CPU's. Room is set aside for `max_adapters` adapters. Of what remains finetuning may hold a share, and the rest
@@ -7,7 +7,6 @@ is for what an iteration needs while it is computed.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,50 +24,6 @@ CGROUP_FILES = (  # of version 2 and 1: limit, use, statistics, and in these the
 CACHE_SHARE = {"cuda": 0.6, "cpu": 0.5}  # of what weights leave, for the key/value cache
 MOST_CPU_CACHE = 1 << 30  # others run on the machine too
 FINETUNE_SHARE = {"cuda": 0.75, "cpu": 0.5}  # of what weights, cache and adapters leave
-
-
-@dataclass(frozen=True, slots=True)
-class PoolBytes:
-    """Of torch's pool on a GPU."""
-
-    allocated: int  # by tensors, those of an iteration included, and libraries' workspaces
-    reserved: int  # by the pool from the driver
-    peak: int  # most that was allocated at once
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryAccount:
-    """Bytes by owner, from the tensors that are there. On a CPU host and device are the same memory."""
-
-    device: dict[str, int]
-    host: dict[str, int]  # moved out of the device's memory
-    finetune_budget: int  # of the device's, for all jobs together
-    limit: int  # all that the device has: the GPU's memory, or the machine's or container's
-    planned: int  # of the device's: what serves, and the most that the jobs that are here may come to hold
-    pool: PoolBytes | None = None  # where torch counts it
-
-    @property
-    def total(self) -> int:
-        """On the device."""
-        return sum(self.device.values())
-
-    @property
-    def statistics(self) -> dict[str, int]:
-        """What was planned beside what there is; between iterations `held` is all that a plan counts."""
-        return {"planned": self.planned, "held": self.total} | (asdict(self.pool) if self.pool else {})
-
-
-def pool_bytes(device: torch.device) -> PoolBytes | None:
-    if device.type != "cuda":
-        return None
-    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    return PoolBytes(allocated, reserved, torch.cuda.max_memory_allocated(device))
-
-
-def restart_peak(device: torch.device) -> None:
-    """Counts the pool's peak from now on."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def total_bytes(device: torch.device) -> int:

@@ -8,7 +8,14 @@ from dataclasses import replace
 import torch
 
 from services.gpu_worker.engine.admission import Admission
-from services.gpu_worker.engine.config import EngineConfig, dtype_of, make_linear
+from services.gpu_worker.engine.block_manager import BlockManager
+from services.gpu_worker.engine.config import (
+    EngineConfig,
+    dtype_of,
+    is_asynchronous,
+    make_linear,
+    may_use_side_stream,
+)
 from services.gpu_worker.engine.decode_graphs import SHARE as GRAPHS_SHARE
 from services.gpu_worker.engine.fit import Extent
 from services.gpu_worker.engine.interference import Interference
@@ -18,6 +25,7 @@ from services.gpu_worker.engine.memory import cache_bytes
 from services.gpu_worker.engine.model_runner import ModelRunner
 from services.gpu_worker.engine.profile import extent_of, measure_interference, profile
 from services.gpu_worker.engine.profile_cache import ProfileCache, key_of
+from services.gpu_worker.engine.scheduler import Scheduler
 from services.gpu_worker.engine.side_stream import make_side_stream
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.kernels.backend import choose_kernels
@@ -88,6 +96,35 @@ def make_admission(config: EngineConfig, runner: ModelRunner) -> Admission:
         NUM_LANES if runner.lanes else 1,
         config.scheduler.min_window,
     )
+
+
+def make_scheduler(
+    config: EngineConfig,
+    runner: ModelRunner,
+    blocks: BlockManager,
+    max_model_len: int,
+    policies: LayerPolicies,
+) -> Scheduler:
+    """By the times of this machine, training with these policies.
+
+    Of two iterations that are under way at once, an arrival waits for the rest of one and all of the other. Steps of
+    the backward can be given back where the host sees in time how late an iteration is: a GPU has been given all of
+    it by then, and clocks of several ranks differ.
+    """
+    device, num_ranks = runner.device, runner.model.weights.group.size
+    extent = measured_extent(config, runner, max_model_len)
+    latency, lane_latency = make_latency(config, runner, extent, policies), None
+    if runner.lanes:
+        with runner.lanes.threads_of_one():
+            lane_latency = make_latency(config, runner, extent, policies)
+    limits, runs_ahead = config.scheduler, is_asynchronous(config, device, num_ranks)
+    if runs_ahead:
+        limits = replace(limits, idle_ms=limits.idle_ms / 2)
+    scheduler = Scheduler(limits, blocks, latency, lane_latency)
+    scheduler.finetuning.can_give_back = device.type == "cpu" and num_ranks == 1 and not runs_ahead
+    if may_use_side_stream(config, device, num_ranks) and config.max_finetune_jobs:
+        scheduler.finetuning.interference = find_interference(config, runner, extent, policies)
+    return scheduler
 
 
 def measured_extent(config: EngineConfig, runner: ModelRunner, max_model_len: int) -> Extent:
