@@ -13,11 +13,7 @@ from services.gpu_worker.compiler.layout import choose_layout
 from services.gpu_worker.engine.attainment import Attainment
 from services.gpu_worker.engine.batch import Batch, Timing, Update
 from services.gpu_worker.engine.block_manager import BlockManager
-from services.gpu_worker.engine.config import (
-    EngineConfig,
-    device_of,
-    is_asynchronous,
-)
+from services.gpu_worker.engine.config import EngineConfig, device_of, is_asynchronous
 from services.gpu_worker.engine.events import IterationStats, JobEvent, StepResult, TokenEvent
 from services.gpu_worker.engine.in_flight import InFlight, Launched, RunResult
 from services.gpu_worker.engine.jobs import Jobs
