@@ -93,7 +93,8 @@ class Run:
         self.requests[name] = Served(arrival)
         vocabulary = min(40_000, self.engine.model.config.vocab_size)
         prompt = [rng.randrange(100, vocabulary) for _ in range(arrival.prompt_tokens)]
-        self.engine.add(name, prompt, Sampling(max_tokens=arrival.output_tokens), cache_salt=name)
+        salt = f"{name} of {time.time_ns()}"  # nothing is cached of an earlier run of the same requests
+        self.engine.add(name, prompt, Sampling(max_tokens=arrival.output_tokens), cache_salt=salt)
 
     def report(self, slo: SLO, seconds: float) -> dict[str, Any]:
         """Of the requests that were served to their end; the others attain nothing."""

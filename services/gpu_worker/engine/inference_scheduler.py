@@ -40,6 +40,11 @@ class InferenceScheduler:
     def has_requests(self) -> bool:
         return bool(self.running or self.waiting)
 
+    @property
+    def has_backlog(self) -> bool:
+        """Somebody waits for a first token."""
+        return self._has_prompts or bool(self.waiting)
+
     def add(self, sequence: Sequence) -> None:
         insort_right(self.waiting, sequence, key=_urgency)
 

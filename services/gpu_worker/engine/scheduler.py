@@ -18,12 +18,11 @@ from services.gpu_worker.engine.latency import LatencyModel, Work
 from services.gpu_worker.engine.limits import Limits
 from services.gpu_worker.engine.pressure import Pressure
 from services.gpu_worker.engine.scheduler_config import SchedulerConfig
-from services.gpu_worker.engine.sequence import AIM, Sequence
+from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.engine.sharing import Turn, make_sharing
 from services.gpu_worker.finetune.job import FinetuneJob, Phase
 
 BACKLOG = 16  # prompts that finetuning leaves time for
-LEAST_SHARE = 0.1  # of the time that prompts get beside decodes
 
 
 class Scheduler:
@@ -98,7 +97,7 @@ class Scheduler:
         turn = self._sharing.turn(has_requests, bool(self.jobs), limits.is_late)
         batch = Batch(limit_ms=limits.all_ms)
         trains = self.jobs and turn is not Turn.INFERENCE and self.finetuning.pressure < Pressure.PAUSED
-        uses_lanes = trains and self._have_lanes_time(turn, decodes, limits, now_s)
+        uses_lanes = trains and self._have_lanes_time(turn, decodes, limits)
         self._current = self.lane_latency if uses_lanes and self.lane_latency else self.latency
         if turn is not Turn.FINETUNING:
             self.inference.fill(batch, decodes, limits, self._current, now_s)
@@ -110,17 +109,15 @@ class Scheduler:
             batch.lanes_ms = [self.latency.forward_ms(batch.inference_work)]
         return batch
 
-    def _have_lanes_time(self, turn: Turn, decodes: list[Sequence], limits: Limits, now_s: float) -> bool:
-        """Whether requests can do with one of two lanes. Beside them a forward is better fused with theirs, for small
-        windows are slow on their own; a backward has many small products, which spread badly over cores."""
+    def _have_lanes_time(self, turn: Turn, decodes: list[Sequence], limits: Limits) -> bool:
+        """Whether requests can do with one of two lanes: decodes, while no prompt waits, for prompts put off in a quiet
+        moment would be too many in a burst. Beside requests a forward is better fused with theirs, for small windows
+        are slow on their own; a backward has many small products, which spread badly over cores."""
         if self.lane_latency is None or turn is Turn.FINETUNING or not self.inference.has_requests:
             return self.lane_latency is not None
-        if self.finetuning.first_in_turn.phase is Phase.FORWARD:
+        if self.inference.has_backlog or self.finetuning.first_in_turn.phase is Phase.FORWARD:
             return False
-        self._current = self.lane_latency
-        decodes_ms = self.lane_latency.forward_ms(decode_work(decodes))
-        backlog_limit_ms = self._backlog_limit_ms(Batch(decodes=decodes), now_s)
-        return decodes_ms <= limits.all_ms and backlog_limit_ms > decodes_ms
+        return self.lane_latency.forward_ms(decode_work(decodes)) <= limits.all_ms
 
     def _fill(self, batch: Batch, turn: Turn, has_requests: bool, now_s: float) -> None:
         update_ms = self.latency.optimizer_ms
@@ -154,24 +151,15 @@ class Scheduler:
         return self.config.margin * tpot_ms - self.latency.forward_ms(work)
 
     def _backlog_limit_ms(self, batch: Batch, now_s: float) -> float:
-        """When finetuning has to stop so that those who wait for a first token, one after the other and beside the
-        decodes, get it in time."""
+        """When finetuning has to stop so that those who wait for a first token, one after the other, get it in
+        time."""
         scheduled = {id(chunk.sequence): chunk.num_tokens for chunk in batch.prompts}
         limit_ms, backlog_ms = self.config.idle_ms, 0.0
-        backlog = list(islice(chain(self.inference.prompts(), self.inference.waiting), BACKLOG))
-        stretch = 1 / self._share_of_prompts(batch.decodes) if backlog else 1.0
-        for sequence in backlog:
+        for sequence in islice(chain(self.inference.prompts(), self.inference.waiting), BACKLOG):
             done = sequence.num_computed_tokens + scheduled.get(id(sequence), 0)
-            backlog_ms += stretch * self._prompt_ms(done, sequence.num_tokens)
+            backlog_ms += self._prompt_ms(done, sequence.num_tokens)
             limit_ms = min(limit_ms, (sequence.deadline_s - now_s) * 1000 - backlog_ms)
         return self.config.margin * max(0.0, limit_ms)
-
-    def _share_of_prompts(self, decodes: list[Sequence]) -> float:
-        """Of the time, where decodes come as often as they have to."""
-        if not decodes:
-            return 1.0
-        tpot_ms = AIM * min(sequence.slo.tpot_ms for sequence in decodes)
-        return max(LEAST_SHARE, 1 - self._current.forward_ms(decode_work(decodes)) / tpot_ms)
 
     def _prompt_ms(self, start: int, end: int) -> float:
         """How long the tokens [start, end) of a sequence take in pieces as large as an iteration takes them."""
