@@ -33,7 +33,7 @@ from services.gpu_worker.plan import Request
 from services.gpu_worker.planner import Planner
 from tests.builders import make_tiny_model
 from tests.gpu_worker.test_gradients import METHODS
-from tests.gpu_worker.training import BLOCK_SIZE, forward, make_dataset
+from tests.gpu_worker.training import BLOCK_SIZE, backward_peak, forward, make_dataset
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA = LoraConfig(16, 32.0, TARGETS)
@@ -269,20 +269,9 @@ def test_a_budget_buys_activations_until_it_is_spent(folder: Path) -> None:
 def test_a_window_holds_at_its_peak_what_a_dry_run_says(folder: Path, name: str) -> None:
     planner = make_planner(folder, METHODS[name])
     predicted, trainer = planner.memory(planner.policies), make_trainer(folder, planner)
-    job, held = trainer.job, []
-    trainer.begin(job.sequence)
-    while job.phase in (Phase.FORWARD, Phase.BACKWARD):
-        if job.phase is Phase.FORWARD:
-            window = job.next_forward(WINDOW)
-            forward(trainer, window)
-        else:
-            window = job.next_backward(WINDOW)
-            trainer.attention(window)
-            with LiveBytes() as live:
-                trainer.backward(window)
-            held.append(live.peak)
-        job.complete(window)
-    assert max(held) == pytest.approx(predicted.window.backward_bytes, rel=0.02)
+    assert backward_peak(trainer, WINDOW, LiveBytes) == pytest.approx(
+        predicted.window.backward_bytes, rel=0.02
+    )
     masks = [part.mask for own in trainer._flight._windows.values() for part in own.window.parts]
     assert sum(mask.nbytes for mask in masks) == predicted.sequence.mask_bytes
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from services.gpu_worker.baseline import LiveBytes
 from services.gpu_worker.compiler.programs import CompiledMethod, ForwardPrograms
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.host_ring import CopyStream
@@ -186,3 +188,23 @@ def advance(trainer: Trainer, window_size: Callable[[], int]) -> StepReport:
             trainer.backward(window)
             job.complete(window)
     return StepReport(job.step)
+
+
+def backward_peak(
+    trainer: Trainer, window_tokens: int, counted: Callable[[], AbstractContextManager[LiveBytes]]
+) -> int:
+    """Takes the job's first sequence through its windows; the most bytes that one's backward has made at once."""
+    job, held = trainer.job, []
+    trainer.begin(job.sequence)
+    while job.phase in (Phase.FORWARD, Phase.BACKWARD):
+        if job.phase is Phase.FORWARD:
+            window = job.next_forward(window_tokens)
+            forward(trainer, window)
+        else:
+            window = job.next_backward(window_tokens)
+            trainer.attention(window)
+            with counted() as live:
+                trainer.backward(window)
+            held.append(live.peak)
+        job.complete(window)
+    return max(held)

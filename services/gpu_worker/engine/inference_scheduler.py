@@ -42,8 +42,8 @@ class InferenceScheduler:
 
     @property
     def has_backlog(self) -> bool:
-        """Somebody waits for a first token."""
-        return self._has_prompts or bool(self.waiting)
+        """Somebody waits whose prompt is not computed."""
+        return bool(self.waiting or self.prompts())
 
     def add(self, sequence: Sequence) -> None:
         insort_right(self.waiting, sequence, key=_urgency)

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.gpu_worker.finetune.job import Phase
 from services.gpu_worker.kernels.backend import choose_kernels
 from services.gpu_worker.plan import Request
 from services.gpu_worker.planner import Planner
 from tests.gpu_worker.engines import METHODS
-from tests.gpu_worker.training import BLOCK_SIZE, forward, make_dataset, make_trainer, make_transformer
+from tests.gpu_worker.training import BLOCK_SIZE, backward_peak, make_dataset, make_trainer, make_transformer
 from tests.live_bytes import allocated
 
 NUM_TOKENS, WINDOW = 48, 16
@@ -38,20 +37,7 @@ def test_a_window_holds_at_its_peak_what_a_dry_run_says(
     policies = planner.compiled.policies
     chosen = policies.index(planner.policies.chosen[0])
     trainer = make_trainer(model, dataset, method=method, policy=chosen, max_tokens_in_flight=NUM_TOKENS)
-    job, held = trainer.job, []
-    job.blocks = list(range(NUM_TOKENS // BLOCK_SIZE))
-    trainer.begin(job.sequence)
-    while job.phase in (Phase.FORWARD, Phase.BACKWARD):
-        if job.phase is Phase.FORWARD:
-            window = job.next_forward(WINDOW)
-            forward(trainer, window)
-        else:
-            window = job.next_backward(WINDOW)
-            trainer.attention(window)
-            with allocated() as live:
-                trainer.backward(window)
-            held.append(live.peak)
-        job.complete(window)
-    assert max(held) == pytest.approx(planned.window.backward_bytes, rel=0.02)
+    trainer.job.blocks = list(range(NUM_TOKENS // BLOCK_SIZE))
+    assert backward_peak(trainer, WINDOW, allocated) == pytest.approx(planned.window.backward_bytes, rel=0.02)
     assert trainer.memory.activations == planned.activation_bytes
     assert planned.sequence.mask_bytes == 0
