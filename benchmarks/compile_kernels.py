@@ -18,12 +18,12 @@ from typing import Annotated, Any
 
 import triton
 import typer
-from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import services.gpu_worker.kernels.triton as kernels
+from benchmarks.console import console
 from services.gpu_worker.kernels.triton.common import Configuration
 
 HOPPER = 90
@@ -94,7 +94,7 @@ def main(
                 *(f"{figure:,}" for figure in figures),
                 "yes" if found.tensor_cores else "no",
             )
-    Console().print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":

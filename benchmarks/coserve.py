@@ -22,11 +22,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import coserve_plot
 from benchmarks.arrivals import arrivals
+from benchmarks.console import console
 from benchmarks.options import SMOLLM2, Dtype, Model, ServiceLevel, Threads
 from benchmarks.peers.finetuning import RANK, TARGETS, Training, load_examples
 from benchmarks.replay import Run
@@ -51,7 +51,6 @@ POLICIES: dict[str, tuple[SharingName, int]] = {
 }
 ALONE_S = 8.0
 LIGHT = 0.5  # requests a second; what comes more seldom is measured for twice as long
-console = Console(width=110)
 
 
 @dataclass(frozen=True, slots=True)

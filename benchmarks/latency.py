@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.console import console
 from benchmarks.options import SMOLLM2, Model
 from benchmarks.report import save
 from services.gpu_worker.engine.batch import Batch, Timing
@@ -41,7 +41,6 @@ TIERS = {"priority": 150.0, "default": 300.0, "flex": 600.0}  # milliseconds bet
 ADAPTER = "adapter"
 RUNNING = 8  # requests that the script keeps the engine at, at most
 LENGTHS = (16, 400)  # tokens of prompts, and of training examples
-console = Console()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.console import console
 from benchmarks.options import SMOLLM2, Dtypes, Model
 from benchmarks.report import save
 from services.gpu_worker.baseline import AdapterDtype, LiveBytes, autograd_bytes, peft_config, saved_bytes
@@ -48,7 +48,6 @@ WINDOW = 256  # tokens that we compute at a time, forward and backward
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 BASELINE = "transformers + peft"
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "memory.png"
-console = Console()
 
 
 @dataclass(frozen=True, slots=True)

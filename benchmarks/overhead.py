@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.console import console
 from benchmarks.options import SMOLLM2, Dtypes, Model, Threads
 from benchmarks.peers.finetuning import BATCH_SIZE, RANK, TARGETS, load_examples
 from benchmarks.peers.serving import make_engine, make_prompts
@@ -30,7 +30,6 @@ from services.gpu_worker.model.peft import LoraConfig
 
 DECODES = 24  # of a round, once without and once with the profiler
 OPERATORS = ("aten::", "mkldnn::", "onednn::", "quantized::")
-console = Console()
 
 
 def in_turns(rounds: int, step: Callable[[], None], times: int) -> dict[str, float]:

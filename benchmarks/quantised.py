@@ -19,10 +19,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from benchmarks.console import console
 from benchmarks.forms import DENSE, FORMS, Form, levels, products, rounding
 from benchmarks.options import SMOLLM2, Dtype, Model
 from benchmarks.report import save
@@ -42,7 +42,6 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 METHOD = LoraConfig(16, 32.0, TARGETS)
 STEPS, BATCH_SIZE = 20, 4
 PROMPTS, NEW_TOKENS = 16, 32
-console = Console()
 
 
 @dataclass(frozen=True, slots=True)

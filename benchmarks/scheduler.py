@@ -8,9 +8,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.console import console
 from benchmarks.report import save
 from services.gpu_worker.engine.batch import Sampled
 from services.gpu_worker.engine.block_manager import BlockManager
@@ -120,7 +120,6 @@ def main() -> None:
         numbers = [f"{value:.0f}" for value in found.values()]
         flags = ("yes" if flag else "" for flag in (load.prompts, load.lanes))
         table.add_row(str(load.sequences), str(load.jobs), *flags, *numbers)
-    console = Console()
     console.print(table)
     console.print(f"saved to {save('scheduler', {'loads': loads})}")
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.console import console
 from benchmarks.options import SMOLLM2, Model, ServiceLevel, Threads
 from benchmarks.report import save
 from services.gpu_worker.engine.config import EngineConfig
@@ -37,7 +37,6 @@ DECODES, LONG, LONG_PROMPTS, BETWEEN = 8, 1024, 3, 16
 SMALL, SMALL_PROMPT, SMALL_ANSWER = 20, 16, 32  # requests, tokens, tokens
 BLOCK_SIZE = 16
 NEVER_TIGHT = SLO(tpot_ms=1e6, ttft_ms=1e6)
-console = Console(width=110)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.console import console
 from benchmarks.peers.adapters import mixed_adapters, write_adapters
 from benchmarks.peers.finetuning import BATCH_SIZE, RANK, finetuning
 from benchmarks.peers.llama_cpp import single_stream
@@ -27,7 +27,6 @@ from benchmarks.peers.vllm_client import Vllm
 from benchmarks.report import save
 
 VLLM_DTYPE = "bfloat16"
-console = Console()
 
 
 def measure_serving(

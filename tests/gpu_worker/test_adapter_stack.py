@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from services.gpu_worker.engine.admission import USUAL_RANK
 from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.memory import FINETUNE_SHARE
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.kernels.linear import gains_by_packing
 from services.gpu_worker.model.adapter_pool import AdapterPool
@@ -25,7 +27,7 @@ MIXED: list[Method] = [
     LoraConfig(4, 8.0, TARGETS, dora=True),
 ]
 pytestmark = pytest.mark.skipif(
-    not gains_by_packing(torch.empty(0, dtype=torch.bfloat16)),
+    not gains_by_packing(torch.device("cpu"), torch.bfloat16),
     reason="oneDNN computes no bfloat16 on this processor",
 )
 
@@ -123,6 +125,25 @@ def test_a_stack_grows_bit_by_bit_while_the_one_before_serves(engine: Engine) ->
     assert stacks.serve([third, first], 1) is newest
     stacks.forget(third)
     assert not stacks.size_bytes
+
+
+def test_room_for_all_adapters_and_copies_is_not_given_to_jobs(engine: Engine) -> None:
+    capacity, left = 4, 1 << 30
+    admission, stacks = engine.admission, AdapterStacks()
+    before, budgets = admission.budget, []
+    for max_adapters in (0, capacity):
+        admission.set_budget(0, left, max_adapters)
+        budgets.append(admission.budget)
+    admission.budget = before
+    adapters = adapters_of(engine, [LoraConfig(USUAL_RANK, 8.0, TARGETS)] * capacity)
+    sizes = []
+    for served in (adapters[:3], adapters):  # the second is made while the first serves
+        for _ in range(len(GROUPS) * engine.model.config.num_layers):
+            stacks.serve(served, 1)
+            sizes.append(stacks.size_bytes)
+    own = sum(adapter.size_bytes for adapter in adapters)
+    assert own < max(sizes), "two stacks at once"
+    assert own + max(sizes) <= (budgets[0] - budgets[1]) / FINETUNE_SHARE["cpu"]
 
 
 def test_the_few_rows_at_the_end_go_together_and_the_rest_run_by_run(engine: Engine) -> None:

@@ -24,6 +24,7 @@ from services.gpu_worker.finetune.memory import (
 )
 from services.gpu_worker.finetune.packing import Examples
 from services.gpu_worker.finetune.policies import LayerPolicies, fit
+from services.gpu_worker.model.adapter_stack import most_copies
 from services.gpu_worker.model.peft import LoraConfig, Method, projections
 from services.gpu_worker.model.weights import ModelWeights
 
@@ -61,7 +62,8 @@ class Admission:
     def set_budget(self, num_bytes: int, left: int, max_adapters: int) -> None:
         """`num_bytes` of the device, or where it is 0 a share of what weights and cache have left and adapters
         do not need."""
-        adapters = max_adapters * self._usual_bytes
+        copies = 1 + most_copies(self.weights.device, self.weights.dtype)
+        adapters = max_adapters * copies * self._usual_bytes
         self.budget = num_bytes or finetune_bytes(self.weights.device, left - adapters)
 
     def set_pace(self, policies: LayerPolicies, latency: LatencyModel, window: int, slack_ms: float) -> None:

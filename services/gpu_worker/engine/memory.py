@@ -1,8 +1,8 @@
 """Whose the device's memory is: what is left of it, and how it is shared out.
 
 Weights come first. The key/value cache is a setting, or most of what a GPU has left and at most 1 GiB of a
-CPU's. Room is set aside for `max_adapters` adapters. Of what remains finetuning may hold a share, and the rest
-is for what an iteration needs while it is computed.
+CPU's. Room is set aside for `max_adapters` adapters and their copies. Of what remains finetuning may hold a
+share, and the rest is for what an iteration needs while it is computed.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class DenseLinear(FrozenLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
-        self._packed = packed(weight) if gains_by_packing(weight) else None
+        self._packed = packed(weight) if gains_by_packing(weight.device, weight.dtype) else None
         self._is_onednn = weight.device.type == "cpu" and weight.dtype == torch.float32
 
     @property
@@ -96,9 +96,9 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def gains_by_packing(weight: Tensor) -> bool:
-    """Whether `onednn_product` is faster with the weight in oneDNN's own layout."""
-    ready = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+def gains_by_packing(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `onednn_product` is faster with a weight in oneDNN's own layout."""
+    ready = device.type == "cpu" and dtype == torch.bfloat16
     return ready and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -137,6 +137,11 @@ class AdapterStacks:
         return all(weights in ready for weights in adapters)
 
 
+def most_copies(device: torch.device, dtype: torch.dtype) -> int:
+    """Of each adapter, in the stack that serves and in the one that is being made."""
+    return 2 if gains_by_packing(device, dtype) else 0
+
+
 def can_stack(weights: AdapterWeights) -> bool:
     """Whether copies of its low-rank parts may stand beside others', and would be faster there. A product with zero
     is none with infinity: an adapter that has overflowed stays alone. So does one of several ranks' that moves tensors
@@ -145,4 +150,6 @@ def can_stack(weights: AdapterWeights) -> bool:
     pairs = [pair for bypass in bypasses if (pair := bypass.pair) is not None]
     if not pairs or any(bypass.moves != Moves() for bypass in bypasses):
         return False
-    return all(gains_by_packing(t) and bool(t.isfinite().all()) for pair in pairs for t in pair)
+    return all(
+        gains_by_packing(t.device, t.dtype) and bool(t.isfinite().all()) for pair in pairs for t in pair
+    )
