@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from rich.console import Console
 
-console = Console(width=110)
+console = Console(width=120)

@@ -70,7 +70,7 @@ def checks(bench: Bench) -> Iterator[Check]:
     yield Check("rope", f"{n} x 8 x {e}", "norm_rope", "norm_rope", partial(_rope, n, e))
     yield Check("rope_cache_write", f"{n} x 8 x {e}", "kv_cache", "kv_cache", partial(_cache, n, e))
     yield Check(
-        "accumulate_low_rank",
+        "low_rank_backward_",
         f"{rows}, rank 3 x 16",
         "bypass",
         "lora_gradient",
@@ -167,14 +167,15 @@ def _attend_backward(n: int, heads: Heads, form: Any, draw: Numbers) -> Outputs:
 def _lora_gradient(n: int, d: int, form: Any, draw: Numbers) -> Outputs:
     """Of a linear that computes three projections of different widths."""
     rank, ends = 16, (0, d, d + d // 4, d + d // 2)
-    x, dy, low, d_low = draw(n, d), draw(n, ends[-1]), draw(n, 3 * rank), draw(n, 3 * rank)
+    x, dx, dy, low = draw(n, d), draw(n, d), draw(n, ends[-1]), draw(n, 3 * rank)
+    a, b = draw(3 * rank, d), draw(ends[-1], 3 * rank, scale=ends[-1] ** -0.5)
     grad_a = draw.zeros(3 * rank, d)
     blocks = tuple(
         BlockGradient(slice(a, b), slice(i * rank, (i + 1) * rank), 2.0, draw.zeros(b - a, rank))
         for i, (a, b) in enumerate(pairwise(ends))
     )
-    form.accumulate_low_rank(grad_a, blocks, d_low, x, dy, low)
-    return grad_a, *(block.grad for block in blocks)
+    form.low_rank_backward_(dx, grad_a, blocks, x, dy, low, a, b)
+    return dx, grad_a, *(block.grad for block in blocks)
 
 
 def _low_rank(n: int, d: int, form: Any, draw: Numbers) -> Outputs:

@@ -33,6 +33,7 @@ def _forms(kernels: Kernels) -> dict[Callable[..., Any], Callable[..., Any]]:
         norm_rope.silu_mul: kernels.silu_mul,
         norm_rope.silu_mul_backward: kernels.silu_mul_backward,
         bypass.accumulate_low_rank: kernels.accumulate_low_rank,
+        bypass.low_rank_backward_: kernels.low_rank_backward_,
         layer.head_norm: layer.head_norm_by(kernels.rms_norm),
         layer.rotate: layer.rotate_by(kernels.rope),
         layer.rotate_cache_write: layer.rotate_cache_write_by(kernels.rope_cache_write),

@@ -10,9 +10,15 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from services.gpu_worker.kernels.bypass import accumulate_blocks, accumulate_low_rank, accumulate_product
+from services.gpu_worker.kernels.bypass import (
+    accumulate_blocks,
+    accumulate_low_rank,
+    accumulate_product,
+    low_rank_backward_,
+)
 from services.gpu_worker.kernels.norm_rope import add_rms_norm, rms_norm
 from services.gpu_worker.model import layer
+from services.gpu_worker.model.layer_backward import add_product, product, project_backward
 
 
 def fuse_forward(graph: Graph) -> None:
@@ -65,7 +71,8 @@ def _fuse_sum(graph: Graph, norm: Node) -> None:
 
 
 def fuse_backward(graph: Graph) -> None:
-    """The gradients of a linear's A and B, which read nothing that is not there where the later of them stands."""
+    """The gradients of a linear's A and B, which read nothing that is not there where the later of them stands, and
+    with them what its low-rank part adds to the gradient of the input."""
     sums: dict[str, dict[object, Node]] = {}  # by the linear, then by which of the two
     for node in graph.nodes:
         if node.target in (accumulate_product, accumulate_blocks):
@@ -79,6 +86,28 @@ def fuse_backward(graph: Graph) -> None:
             )
         for node in (of_a, of_b):
             graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.target is accumulate_low_rank:
+            _fuse_input_gradient(graph, node)
+
+
+def _fuse_input_gradient(graph: Graph, accumulate: Node) -> None:
+    """`add_product(project_backward(dy, w), product(dy, b), a)`, whose inner product the gradient of A reads too, and
+    nobody else: neither masks of a dropout nor other ranks come between."""
+    args: Any = accumulate.args
+    grad_a, grad_b, d_low, x, dy, low = args
+    others = [user for user in d_low.users if user is not accumulate]
+    if d_low.target is not product or len(others) != 1 or others[0].target is not add_product:
+        return
+    total: Any = others[0]
+    dx, inner, a = total.args
+    if inner is not d_low or dx.target is not project_backward or len(dx.users) != 1:
+        return
+    with graph.inserting_before(total):
+        fused = graph.call_function(low_rank_backward_, (dx, grad_a, grad_b, x, dy, low, a, d_low.args[1]))
+    total.replace_all_uses_with(fused)
+    for node in (total, accumulate, d_low):
+        graph.erase_node(node)
 
 
 def _linear_of(accumulate: Node) -> str:

@@ -40,7 +40,7 @@ class Filling:
 
     def add(self, job: FinetuneJob) -> float:
         """Returns tokens; those that only went forward, or only backward through some layers, count in part."""
-        if self._is_full or (job.parked and not self.blocks.bring_back(job, self.batch)):
+        if not self._has_time_for(0.5) or (job.parked and not self.blocks.bring_back(job, self.batch)):
             return 0.0
         before = job.served_tokens
         if job.phase is Phase.FORWARD:
@@ -51,12 +51,9 @@ class Filling:
             self._add_update(job)
         return (job.served_tokens - before) * job.weight / (2 * job.num_layers)
 
-    @property
-    def _is_full(self) -> bool:
-        """There is no time for half of a smallest step. Most jobs find it so, and should not take long to."""
-        if self._is_forced:
-            return False
-        return max(self._left_ms) < self.least_ms / 2
+    def _has_time_for(self, part: float) -> bool:
+        """Of a smallest step. Mostly there is none, which should not take long to find."""
+        return self._is_forced or max(self._left_ms) >= part * self.least_ms
 
     @property
     def _left_ms(self) -> list[float]:
@@ -123,15 +120,18 @@ class Filling:
         most = min(remaining, self.window * self.batch.num_lanes)
         if most < remaining:
             most -= most % grain
-        if fits(most):
+        least = min(most, grain)
+        if not fits(least):  # mostly so, and asked first
+            return least if self._is_forced else 0
+        if least == most or fits(most):
             return most
-        if most <= grain or not fits(grain):
-            return min(most, grain) if self._is_forced else 0
         return grain * largest(most // grain, lambda n: fits(n * grain))
 
     # --- backward
 
     def _add_backwards(self, job: FinetuneJob) -> None:
+        if not self._has_time_for(1.0):
+            return
         batch, sequence = self.batch, job.sequence
 
         @cache  # layer after layer has the same windows
@@ -146,7 +146,7 @@ class Filling:
             step_ms = cost_ms(window.start, window.end, window.layer == job.num_layers - 1)
             return self._place(JobWindow(job, sequence, window, expected_ms=step_ms), forwarded_ms)
 
-        while job.phase is Phase.BACKWARD:
+        while job.phase is Phase.BACKWARD and self._has_time_for(1.0):
             placed = self._largest_step(job.position, width, place)
             if placed is None:
                 return

@@ -16,7 +16,7 @@ from services.gpu_worker.kernels.cross_entropy import MAX_LOGITS, CrossEntropy, 
 from services.gpu_worker.kernels.linear import FrozenLinear
 from services.gpu_worker.kernels.paged_attention import PagedBatch
 from services.gpu_worker.kernels.triton.attention_tiles import Shapes, forward_tiles
-from services.gpu_worker.kernels.triton.sizes import LOSS_ROWS, LOSS_TOKENS, loss_piece
+from services.gpu_worker.kernels.triton.sizes import LOSS_ROWS, LOSS_TOKENS, LOW_RANK_PART, loss_piece
 
 
 def planned_kernels(choice: KernelChoice, on_gpu: bool) -> Kernels:
@@ -65,6 +65,21 @@ def accumulate_low_rank(
 ) -> None:
     """Features that do not adjoin are put side by side."""
     _ = [dy[:, block.out] for block in grad_b]
+
+
+def low_rank_backward_(
+    dx: Tensor,
+    grad_a: Tensor,
+    grad_b: tuple[BlockGradient, ...],
+    x: Tensor,
+    dy: Tensor,
+    low: Tensor,
+    a: Tensor,
+    b: Tensor,
+) -> Tensor:
+    parts = dy.new_empty(-(-dy.shape[1] // LOW_RANK_PART), len(dy), len(a), dtype=torch.float32)
+    accumulate_low_rank(grad_a, grad_b, parts[0], x, dy, low)
+    return dx
 
 
 def paged_attention(q_NHE: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch) -> tuple[Tensor, Tensor]:
@@ -145,4 +160,5 @@ ALLOCATIONS: Kernels = replace(
     paged_attention=paged_attention,
     paged_attention_backward=paged_attention_backward,
     accumulate_low_rank=accumulate_low_rank,
+    low_rank_backward_=low_rank_backward_,
 )

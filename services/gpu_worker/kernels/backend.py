@@ -57,6 +57,7 @@ class Kernels:
     paged_attention_backward: Callable[..., Tensor]
     add_low_rank_: Callable[[Tensor, Tensor, lora_stream.LoraStream, int, int], Tensor]
     accumulate_low_rank: Callable[..., None]
+    low_rank_backward_: Callable[..., Tensor]
     sample_tokens: Callable[[Tensor, sampling.SamplingRows], Tensor]
 
     @property
@@ -80,6 +81,7 @@ TORCH = Kernels(
     paged_attention_backward.paged_attention_backward,
     lora_stream.add_low_rank_,
     bypass.accumulate_low_rank,
+    bypass.low_rank_backward_,
     sampling.sample_tokens,
 )
 
@@ -131,6 +133,7 @@ def _triton_kernels() -> Kernels:
         _explained(attention_backward.paged_attention_backward),
         _explained(fused_lora.add_low_rank_),
         _explained(lora_gradient.accumulate_low_rank),
+        _explained(lora_gradient.low_rank_backward_),
         _explained(fused_sampling.sample_tokens),
     )
 

@@ -221,6 +221,25 @@ def accumulate_low_rank(
     accumulate_blocks(grad_b, dy, low)
 
 
+def low_rank_backward_(
+    dx: Tensor,
+    grad_a: Tensor,
+    grad_b: tuple[BlockGradient, ...],
+    x: Tensor,
+    dy: Tensor,
+    low: Tensor,
+    a: Tensor,
+    b: Tensor,
+) -> Tensor:
+    """All of a low-rank part's backward: `accumulate_low_rank`, and `dx` [N, in] += `dy` [N, out] `b` `a`.
+
+    Twin for GPUs: `kernels/triton/lora_gradient.py`.
+    """
+    d_low = dy @ b
+    accumulate_low_rank(grad_a, grad_b, d_low, x, dy, low)
+    return dx.addmm_(d_low, a)
+
+
 @dataclass(frozen=True, slots=True)
 class ScaledGradient:
     """Accumulator of a parameter that is computed with as `scale` times its value."""

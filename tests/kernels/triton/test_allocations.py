@@ -15,6 +15,7 @@ from services.gpu_worker.kernels.bypass import BlockGradient
 from services.gpu_worker.kernels.cross_entropy import LowRankHead
 from services.gpu_worker.kernels.linear import DenseLinear
 from services.gpu_worker.kernels.paged_attention import PagedBatch, Run
+from services.gpu_worker.kernels.triton.sizes import LOW_RANK_PART
 from tests.kernels.triton.twins import Numbers
 from tests.live_bytes import allocated
 
@@ -63,16 +64,19 @@ def attention(draw: Numbers, name: str) -> Call:
 
 
 def low_rank(draw: Numbers, name: str) -> Call:
-    """Blocks that adjoin and one that does not."""
-    x, dy, low, d_low = draw(ROWS, WIDTH), draw(ROWS, 40), draw(ROWS, 8), draw(ROWS, 8)
+    """Blocks that adjoin and one that does not; of a backward the ranks' gradient in three parts."""
+    out = 40 if name == "accumulate_low_rank" else 2 * LOW_RANK_PART + 40
+    x, dy, low, d_low = draw(ROWS, WIDTH), draw(ROWS, out), draw(ROWS, 8), draw(ROWS, 8)
     grads = [torch.zeros(shape, device=x.device) for shape in ((8, WIDTH), (32, 4), (4, 4))]
     scattered = torch.arange(32, 40, 2, device=x.device)
     blocks = (
         BlockGradient(slice(0, 32), slice(0, 4), 1.0, grads[1]),
         BlockGradient(scattered, slice(4, 8), 1.0, grads[2]),
     )
-    args = (grads[0], blocks, d_low, x, dy, low)
-    return lambda kernels: kernels.accumulate_low_rank(*args)
+    if name == "accumulate_low_rank":
+        return lambda kernels: kernels.accumulate_low_rank(grads[0], blocks, d_low, x, dy, low)
+    args = (draw(ROWS, WIDTH), grads[0], blocks, x, dy, low, draw(8, WIDTH), draw(out, 8))
+    return lambda kernels: kernels.low_rank_backward_(*args)
 
 
 def loss(draw: Numbers, with_gradient: bool, rank: int) -> Call:
@@ -98,6 +102,7 @@ CASES: dict[str, Callable[[Numbers, str], Call]] = {
     "paged_attention": attention,
     "paged_attention_backward": attention,
     "accumulate_low_rank": low_rank,
+    "low_rank_backward_": low_rank,
 }
 
 

@@ -13,6 +13,7 @@ TYPES = {
     torch.uint8: "u8",
     torch.bool: "i1",
 }
+LOW_RANK_PART = 2048  # features of a row that one program sums on their way to the ranks
 LOSS_ROWS = 1024  # whose cross-entropy one launch measures
 LOSS_TOKENS = 128  # of the vocabulary, a program
 
