@@ -20,13 +20,15 @@ class Arrival:
     output_tokens: int
 
 
-def arrivals(rate: float, seconds: float, context: int, seed: int = 0) -> list[Arrival]:
-    """About `rate` requests a second for `seconds`: of the trace after its first minutes each is kept with the same
+def arrivals(
+    rate: float, seconds: float, context: int, seed: int = 0, begin_s: float = BEGIN_S
+) -> list[Arrival]:
+    """About `rate` requests a second for `seconds`: of the trace from `begin_s` on each is kept with the same
     probability, so that its bursts stay. More than it has come from a longer time of it, which passes as many times
     as fast. The same arguments give the same requests."""
     trace, speed = _rows(), 1
-    while rate * seconds > len(rows := _within(trace, speed * seconds)):
-        if trace[-1].at_s < BEGIN_S + speed * seconds:
+    while rate * seconds > len(rows := _within(trace, begin_s, speed * seconds)):
+        if trace[-1].at_s < begin_s + speed * seconds:
             raise ValueError(
                 f"the trace has {len(rows)} requests, fewer than {rate:g} a second for {seconds:g} s"
             )
@@ -34,7 +36,7 @@ def arrivals(rate: float, seconds: float, context: int, seed: int = 0) -> list[A
     rng, scale = random.Random(seed), context / LONGEST
     return [
         Arrival(
-            (row.at_s - BEGIN_S) / speed,
+            (row.at_s - begin_s) / speed,
             max(2, round(row.prompt_tokens * scale)),
             max(2, round(row.output_tokens * scale)),
         )
@@ -43,8 +45,8 @@ def arrivals(rate: float, seconds: float, context: int, seed: int = 0) -> list[A
     ]
 
 
-def _within(trace: list[Arrival], seconds: float) -> list[Arrival]:
-    return [row for row in trace if BEGIN_S <= row.at_s < BEGIN_S + seconds]
+def _within(trace: list[Arrival], begin_s: float, seconds: float) -> list[Arrival]:
+    return [row for row in trace if begin_s <= row.at_s < begin_s + seconds]
 
 
 def _rows() -> list[Arrival]:

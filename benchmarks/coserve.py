@@ -6,8 +6,8 @@ are the same engine; `spatial` is two processes of it with half of the threads e
 work on one thing at a time. A request attains its service level where its first token and its mean time between
 tokens are both within it; it is steady where no gap between two tokens is over twice the promised mean besides.
 Finetuning counts what went forward and backward while requests arrived. An ideal scheduler would train in the time in
-which inference alone leaves the machine idle, as fast as finetuning alone, measured just before. At each rate the
-policies take turns.
+which inference alone leaves the machine idle, as fast as finetuning alone. A shared machine is not equally fast all the
+time, so the policies take turns at each rate, forth and back, each time with requests of another part of the trace.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import typer
 from rich.table import Table
 
 from benchmarks import coserve_plot
-from benchmarks.arrivals import arrivals
+from benchmarks.arrivals import BEGIN_S, arrivals
 from benchmarks.console import console
 from benchmarks.options import SMOLLM2, Dtype, Model, ServiceLevel, Threads
 from benchmarks.peers.finetuning import RANK, TARGETS, Training, load_examples
@@ -39,6 +39,7 @@ from services.gpu_worker.engine.slo import DEFAULT_TIER, SLO
 from services.gpu_worker.finetune.job import JobConfig
 from services.gpu_worker.model.peft import LoraConfig
 
+Cell = dict[str, Any]
 CONTEXT = 2048
 JOB = JobConfig(n_epochs=100_000, batch_size=4, learning_rate=2e-4)
 POLICIES: dict[str, tuple[SharingName, int]] = {
@@ -49,7 +50,9 @@ POLICIES: dict[str, tuple[SharingName, int]] = {
     "temporal-dynamic": ("temporal-dynamic", 64),
     "finetune-only": ("finetune-only", 0),
 }
-ALONE_S = 8.0
+TURNS = 2
+APART_S = 600.0  # in the trace, one turn's requests from the next one's
+ALONE_S = 4.0  # of finetuning without requests, in each turn
 LIGHT = 0.5  # requests a second; what comes more seldom is measured for twice as long
 
 
@@ -61,7 +64,7 @@ class Setting:
     dtype: str
     threads: int
     slo: SLO
-    seconds: float
+    seconds: float  # in which requests arrive, in all turns together
     profile_dir: Path  # of iteration times, which all engines share
 
 
@@ -102,29 +105,43 @@ class Side:
     engine: Engine
     beside: Connection | None = None
 
-    def measure(self, rate: float) -> dict[str, Any]:
-        setting, run = self.setting, Run(self.engine)
-        seconds = setting.seconds * (2 if rate < LIGHT else 1)
+    def play(self, run: Run, rate: float, turn: int) -> None:
+        setting = self.setting
+        seconds = setting.seconds * (2 if rate < LIGHT else 1) / TURNS
         torch.set_num_threads(setting.threads)
         if self.beside is not None:
             self.beside.send(seconds)
-        run.play(arrivals(rate, seconds, CONTEXT), seconds)
-        found = {"policy": self.name, "rate": rate, **run.report(setting.slo, seconds)}
+        run.play(arrivals(rate, seconds, CONTEXT, begin_s=BEGIN_S + turn * APART_S), seconds)
         if self.beside is not None:
-            found["finetuning_tokens_per_s"] = self.beside.recv()
-        console.print(
-            f"{rate:g} requests/s, {self.name}: {found['attainment']['both']:.0%} in time, "
-            f"{found['attainment']['steady']:.0%} steady, TPOT p99 "
-            f"{found['tpot_ms']['p99']:.0f} ms, finetuning {found['finetuning_tokens_per_s']:.0f} tokens/s"
-        )
-        return found
+            run.trained += self.beside.recv()
 
-    def speed(self) -> float:
-        """Tokens a second of finetuning without requests."""
+    def train(self, run: Run) -> None:
+        """Without requests."""
         torch.set_num_threads(self.setting.threads)
-        run = Run(self.engine)
         run.play([], ALONE_S)
-        return run.rate
+
+
+def measure(sides: list[Side], trainer: Side, slo: SLO, rate: float) -> tuple[list[Cell], dict[str, float]]:
+    """A cell for each policy, and tokens a second of finetuning alone: in whole sequences, and co-serving nobody."""
+    runs = {side.name: Run(side.engine) for side in sides}
+    alone = {"finetuning": Run(trainer.engine), "coserving": Run(sides[0].engine)}
+    for turn in range(TURNS):
+        trainer.train(alone["finetuning"])
+        sides[0].train(alone["coserving"])
+        for side in sides[:: -1 if turn % 2 else 1]:
+            side.play(runs[side.name], rate, turn)
+    speeds = {name: run.rate for name, run in alone.items()}
+    reports = {name: run.report(slo) for name, run in runs.items()}
+    idle = max(0.01, 1 - reports["inference-only"]["busy_share"])
+    ideal = {"ideal_tokens_per_s": idle * max(speeds.values())}
+    cells = [{"policy": name, "rate": rate, **report, **ideal} for name, report in reports.items()]
+    for cell in cells:
+        console.print(
+            f"{rate:g} requests/s, {cell['policy']}: {cell['attainment']['both']:.0%} in time, "
+            f"{cell['attainment']['steady']:.0%} steady, TPOT p99 "
+            f"{cell['tpot_ms']['p99']:.0f} ms, finetuning {cell['finetuning_tokens_per_s']:.0f} tokens/s"
+        )
+    return cells, speeds
 
 
 def make_side(name: str, setting: Setting) -> Side:
@@ -144,12 +161,13 @@ def make_spatial(setting: Setting) -> Side:
 
 
 def finetune_beside(setting: Setting, pipe: Connection) -> None:
-    """For as many seconds as it is told, again and again; tells tokens a second."""
-    run = Run(make_side("finetune-only", setting).engine)
+    """For as many seconds as it is told, again and again; tells how many tokens."""
+    engine = make_side("finetune-only", setting).engine
     pipe.send("ready")
     while True:
+        run = Run(engine)
         run.play([], pipe.recv())
-        pipe.send(run.rate)
+        pipe.send(run.trained)
 
 
 def by_peft(setting: Setting) -> float:
@@ -201,7 +219,7 @@ def main(
     model: Model = SMOLLM2,
     dtype: Dtype = "bfloat16",
     threads: Threads = 2,
-    seconds: Annotated[float, typer.Option(help="In which requests arrive, per policy and rate.")] = 15.0,
+    seconds: Annotated[float, typer.Option(help="In which requests arrive, per policy and rate.")] = 16.0,
     rate: Annotated[list[float] | None, typer.Option(help="Requests a second; may be repeated.")] = None,
     tpot_ms: ServiceLevel = 100.0,
     ttft_ms: ServiceLevel = 2000.0,
@@ -213,13 +231,10 @@ def main(
         trainer = sides.pop("finetune-only")
         sides["spatial"] = make_spatial(setting)
         cells, alone = [], []
-        for requests_per_s in rate or [0.25, 1.0, 3.0, 5.0]:
-            alone.append({"finetuning": trainer.speed(), "coserving": sides["coserve"].speed()})
-            own = [side.measure(requests_per_s) for side in sides.values()]
-            idle = 1 - next(cell["busy_share"] for cell in own if cell["policy"] == "inference-only")
-            for cell in own:
-                cell["ideal_tokens_per_s"] = max(idle, 0.01) * max(alone[-1].values())
-            cells += own
+        for requests_per_s in rate or [0.25, 1.0, 3.0, 4.0]:
+            found, speeds = measure(list(sides.values()), trainer, setting.slo, requests_per_s)
+            cells += found
+            alone.append(speeds)
     speeds = {name: statistics.mean(each[name] for each in alone) for name in alone[0]}
     speeds["transformers_and_peft"] = peft
     results = {

@@ -44,13 +44,19 @@ def trained_tokens(engine: Engine) -> float:
 
 @dataclass(slots=True)
 class Run:
-    """An engine that serves requests as they arrive, and works on its job in between."""
+    """An engine that serves requests as they arrive, and works on its job in between; at several times, maybe."""
 
     engine: Engine
     requests: dict[str, Served] = field(default_factory=dict)
-    busy_s: float = 0.0  # in iterations, while requests arrived
-    rate: float = 0.0  # tokens a second of finetuning, in the same time
+    seconds: float = 0.0  # in which requests arrived
+    busy_s: float = 0.0  # of these, in iterations
+    trained: float = 0.0  # tokens, in the same time
     num_unfinished: int = 0  # requests that were not waited for
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second of finetuning."""
+        return self.trained / self.seconds
 
     def play(self, coming: list[Arrival], seconds: float, wait_s: float = math.inf) -> None:
         """The last requests are waited for, `wait_s` at most."""
@@ -59,7 +65,9 @@ class Run:
         while waiting or num_open or not has_ended:
             now = time.perf_counter() - started
             if now >= seconds and not has_ended:
-                has_ended, self.rate = True, (trained_tokens(self.engine) - before) / now
+                has_ended = True
+                self.seconds += now
+                self.trained += trained_tokens(self.engine) - before
             if now >= seconds + wait_s:
                 self._give_up(waiting)
                 return
@@ -96,7 +104,7 @@ class Run:
         salt = f"{name} of {time.time_ns()}"  # nothing is cached of an earlier run of the same requests
         self.engine.add(name, prompt, Sampling(max_tokens=arrival.output_tokens), cache_salt=salt)
 
-    def report(self, slo: SLO, seconds: float) -> dict[str, Any]:
+    def report(self, slo: SLO) -> dict[str, Any]:
         """Of the requests that were served to their end; the others attain nothing."""
         served = list(self.requests.values())
         in_time = [(r.tpot_ms <= slo.tpot_ms, r.ttft_ms <= slo.ttft_ms) for r in served]
@@ -114,9 +122,9 @@ class Run:
             "ttft_ms": percentiles([r.ttft_ms for r in served]),
             "gap_ms": percentiles([gap for r in served for gap in r.gaps_ms]),
             "inference_tokens_per_s": sum(r.arrival.prompt_tokens + r.arrival.output_tokens for r in served)
-            / seconds,
+            / self.seconds,
             "finetuning_tokens_per_s": self.rate,
-            "busy_share": self.busy_s / seconds,
+            "busy_share": self.busy_s / self.seconds,
         }
 
 

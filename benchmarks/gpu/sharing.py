@@ -51,8 +51,8 @@ def _runs(
 
 def _find_alone(bench: Bench, engine: Engine) -> None:
     """Finetuning with nobody beside it, which also warms up."""
+    Run(engine).play([], WARM_UP_S * bench.scale.train_s)
     run = Run(engine)
-    run.play([], WARM_UP_S * bench.scale.train_s)
     run.play([], bench.scale.train_s)
     bench.found["alone"] = max(bench.found.get("alone", 0.0), run.rate)
 
@@ -73,7 +73,7 @@ def measure(bench: Bench, engine: Engine, slo: SLO, rate: float) -> Row:
     """Where nobody was served in time there are no times to tell."""
     scale, run, seconds = bench.scale, Run(engine), seconds_of(bench.scale, rate)
     run.play(requests(scale, rate), seconds, scale.wait_s)
-    served = run.report(slo, seconds) if run.requests else {}
+    served = run.report(slo) if run.requests else {}
     attained = served["attainment"]["both"] if served else 0.0
     kept = bench.ratio(run.rate, "alone")
     rest = bench.ratio(served.get("inference_tokens_per_s", 0.0), "prefill")

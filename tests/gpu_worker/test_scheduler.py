@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from statistics import fmean
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.gpu_worker.engine.batch import Batch
+from services.gpu_worker.engine.prompt_load import MEMORY_S, PromptLoad
 from tests.gpu_worker.virtual import World, make_job, make_latency, make_sequence, make_world
 
 requests = st.lists(
@@ -229,6 +231,35 @@ def test_a_prompt_still_to_be_computed_is_not_made_late_by_finetuning() -> None:
     while sequence.num_output_tokens == 0:
         world.step()
     assert world.now_s < 0.050
+
+
+def test_after_many_prompts_finetuning_leaves_time_for_the_next() -> None:
+    iterations_ms = []
+    for num_prompts in (0, 600):
+        world = make_world(num_blocks=400)
+        for i in range(num_prompts):
+            world.scheduler.add(make_sequence(f"p{i}", 60, 1, i))
+        world.run()
+        world.scheduler.add_job(make_job("j", [60], num_layers=40, n_epochs=1000))
+        world.scheduler.add(sequence := make_sequence("r", 6, 50, tpot_slo_ms=50.0, arrival_s=world.now_s))
+        while sequence.first_token_s is None:
+            world.step()
+        batch = world.step()
+        assert is_finetuning(batch)
+        iterations_ms.append(batch.predicted_ms)
+    assert iterations_ms[1] < 0.8 * iterations_ms[0]
+
+
+def test_the_load_is_the_share_of_time_that_prompts_have_taken_of_late() -> None:
+    load = PromptLoad()
+    assert load.share(0.0) == 0.0
+    for i in range(600):
+        load.add(50.0, 0.1 * i)
+    share = load.share(60.0)
+    assert share == pytest.approx(0.5, abs=0.02)
+    assert load.share(60.0 + MEMORY_S) == pytest.approx(share / math.e)
+    load.add(1e6, 60.0)
+    assert load.share(60.0) == 1.0
 
 
 def test_requests_have_one_of_two_lanes_only_while_no_prompt_waits() -> None:

@@ -17,6 +17,7 @@ from services.gpu_worker.engine.job_blocks import JobBlocks
 from services.gpu_worker.engine.latency import LatencyModel, Work
 from services.gpu_worker.engine.limits import Limits
 from services.gpu_worker.engine.pressure import Pressure
+from services.gpu_worker.engine.prompt_load import PromptLoad
 from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.engine.sharing import Turn, make_sharing
@@ -46,6 +47,7 @@ class Scheduler:
             self._job_blocks, config.finetune_window, config.min_window, config.patience
         )
         self.inference = InferenceScheduler(config, blocks, self._job_blocks, self.jobs)
+        self._prompt_load = PromptLoad()
         self._sharing = make_sharing(config.sharing, config.period)
 
     @property
@@ -102,6 +104,8 @@ class Scheduler:
         if turn is not Turn.FINETUNING:
             self.inference.fill(batch, decodes, limits, self._current, now_s)
         inference_ms = self._current.forward_ms(batch.inference_work)
+        if batch.prompts:
+            self._prompt_load.add(inference_ms - self._current.forward_ms(decode_work(batch.decodes)), now_s)
         batch.lanes_ms = [inference_ms, 0.0] if uses_lanes else [inference_ms]
         if trains:
             self._fill(batch, turn, has_requests, now_s)
@@ -124,6 +128,7 @@ class Scheduler:
         if turn is Turn.FINETUNING:
             self.finetuning.fill_with_a_sequence(batch, self._current, update_ms)
         else:
+            batch.limit_ms *= 1 - self._prompt_load.share(now_s)
             batch.limit_ms = min(batch.limit_ms, self._backlog_limit_ms(batch, now_s))
             self.finetuning.fill(batch, self._current, update_ms, forced=not has_requests)
 
