@@ -100,7 +100,6 @@ def add_job(engine: Engine, setting: Setting) -> None:
 class Side:
     """A policy's engine; beside that of `spatial` another process trains with the other half of the threads."""
 
-    name: str
     setting: Setting
     engine: Engine
     beside: Connection | None = None
@@ -121,15 +120,18 @@ class Side:
         run.play([], ALONE_S)
 
 
-def measure(sides: list[Side], trainer: Side, slo: SLO, rate: float) -> tuple[list[Cell], dict[str, float]]:
+def measure(
+    sides: dict[str, Side], trainer: Side, slo: SLO, rate: float
+) -> tuple[list[Cell], dict[str, float]]:
     """A cell for each policy, and tokens a second of finetuning alone: in whole sequences, and co-serving nobody."""
-    runs = {side.name: Run(side.engine) for side in sides}
-    alone = {"finetuning": Run(trainer.engine), "coserving": Run(sides[0].engine)}
+    coserving = sides["coserve"]
+    runs = {name: Run(side.engine) for name, side in sides.items()}
+    alone = {"finetuning": Run(trainer.engine), "coserving": Run(coserving.engine)}
     for turn in range(TURNS):
         trainer.train(alone["finetuning"])
-        sides[0].train(alone["coserving"])
-        for side in sides[:: -1 if turn % 2 else 1]:
-            side.play(runs[side.name], rate, turn)
+        coserving.train(alone["coserving"])
+        for name in list(sides)[:: -1 if turn % 2 else 1]:
+            sides[name].play(runs[name], rate, turn)
     speeds = {name: run.rate for name, run in alone.items()}
     reports = {name: run.report(slo) for name, run in runs.items()}
     idle = max(0.01, 1 - reports["inference-only"]["busy_share"])
@@ -147,7 +149,7 @@ def measure(sides: list[Side], trainer: Side, slo: SLO, rate: float) -> tuple[li
 def make_side(name: str, setting: Setting) -> Side:
     engine = make_engine(setting, *POLICIES[name], lanes=name != "coserve-one-lane")
     add_job(engine, setting)
-    return Side(name, setting, engine)
+    return Side(setting, engine)
 
 
 def make_spatial(setting: Setting) -> Side:
@@ -157,7 +159,7 @@ def make_spatial(setting: Setting) -> Side:
     context.Process(target=finetune_beside, args=(half, there), daemon=True).start()
     side = make_side("inference-only", half)
     here.recv()
-    return replace(side, name="spatial", beside=here)
+    return replace(side, beside=here)
 
 
 def finetune_beside(setting: Setting, pipe: Connection) -> None:
@@ -232,7 +234,7 @@ def main(
         sides["spatial"] = make_spatial(setting)
         cells, alone = [], []
         for requests_per_s in rate or [0.25, 1.0, 3.0, 4.0]:
-            found, speeds = measure(list(sides.values()), trainer, setting.slo, requests_per_s)
+            found, speeds = measure(sides, trainer, setting.slo, requests_per_s)
             cells += found
             alone.append(speeds)
     speeds = {name: statistics.mean(each[name] for each in alone) for name in alone[0]}

@@ -33,7 +33,7 @@ NUM_STAGES = 3
 INPUT_WARPS = 8  # a tile that is read and written once leaves few other registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _low_kernel(
     dy_ptr, b_ptr, low_ptr, dy_stride, width, num_ranks, num_rows,
     PART: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, FEATURES: tl.constexpr,
