@@ -23,25 +23,24 @@ class Arrival:
 def arrivals(
     rate: float, seconds: float, context: int, seed: int = 0, begin_s: float = BEGIN_S
 ) -> list[Arrival]:
-    """About `rate` requests a second for `seconds`: of the trace from `begin_s` on each is kept with the same
-    probability, so that its bursts stay. More than it has come from a longer time of it, which passes as many times
-    as fast. The same arguments give the same requests."""
-    trace, speed = _rows(), 1
-    while rate * seconds > len(rows := _within(trace, begin_s, speed * seconds)):
+    """`rate` requests a second for `seconds`: of the trace from `begin_s` on each is as likely to be kept, so that its
+    bursts stay. More than it has come from a longer time of it, which passes as many times as fast. The same arguments
+    give the same requests."""
+    trace, speed, count = _rows(), 1, max(1, round(rate * seconds))
+    while count > len(rows := _within(trace, begin_s, speed * seconds)):
         if trace[-1].at_s < begin_s + speed * seconds:
             raise ValueError(
                 f"the trace has {len(rows)} requests, fewer than {rate:g} a second for {seconds:g} s"
             )
         speed += 1
-    rng, scale = random.Random(seed), context / LONGEST
+    kept, scale = random.Random(seed).sample(rows, count), context / LONGEST
     return [
         Arrival(
             (row.at_s - begin_s) / speed,
             max(2, round(row.prompt_tokens * scale)),
             max(2, round(row.output_tokens * scale)),
         )
-        for row in rows
-        if rng.random() < rate * seconds / len(rows)
+        for row in sorted(kept, key=lambda row: row.at_s)
     ]
 
 

@@ -232,7 +232,7 @@ def show(results: dict[str, Any]) -> None:
 def main(
     model: Model = SMOLLM2,
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
-    seconds: Annotated[float, typer.Option(help="Of serving and training.")] = 60.0,
+    seconds: Annotated[float, typer.Option(help="Of serving and training.")] = 45.0,
 ) -> None:
     results = measure(model, threads, seconds)
     show(results)
