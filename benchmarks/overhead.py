@@ -2,7 +2,9 @@
 
 Decodes at two batch sizes, and optimizer steps of one LoRA job alone. The operators' own times come from torch's
 profiler, the time of a step from the same steps without it, in turns; the least of a few rounds counts. What is
-outside is told as two bounds: the time by which the profiler slows a step lies in the operators' times, or not.
+outside is told as two bounds: the time by which the profiler slows a step lies in the operators' times, or not. Of the
+operators' time it is told how much is in products with weights and how much in attention, gathering keys and values
+included.
 """
 
 from __future__ import annotations
@@ -30,27 +32,40 @@ from services.gpu_worker.model.peft import LoraConfig
 
 DECODES = 24  # of a round, once without and once with the profiler
 OPERATORS = ("aten::", "mkldnn::", "onednn::", "quantized::")
+PRODUCTS = ("linear", "::mm", "::addmm")
+ATTENTION = ("::bmm", "::baddbmm", "softmax", "attention", "::index_select")
 
 
 def in_turns(rounds: int, step: Callable[[], None], times: int) -> dict[str, float]:
     """Milliseconds of a step, and of the operators in it; `times` steps are one measurement."""
-    plain, profiled, operators, counts = [], [], [], []
+    plain, profiled, operators, counts = list[float](), list[float](), list[dict[str, float]](), list[float]()
     for _ in range(rounds):
         plain.append(milliseconds(step, times))
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             profiled.append(milliseconds(step, times))
         found = [event for event in profiler.key_averages() if event.key.startswith(OPERATORS)]
-        operators.append(sum(event.self_cpu_time_total for event in found) / 1e3 / times)
+        kinds = dict.fromkeys(("products_ms", "attention_ms", "others_ms"), 0.0)
+        for event in found:
+            kinds[kind_of(event.key)] += event.self_cpu_time_total / 1e3 / times
+        operators.append(kinds)
         counts.append(sum(event.count for event in found) / times)
-    wall, inside, slowed = min(plain), min(operators), min(profiled)
+    kinds = min(operators, key=lambda own: sum(own.values()))
+    wall, inside, slowed = min(plain), sum(kinds.values()), min(profiled)
     return {
         "step_ms": wall,
         "profiled_step_ms": slowed,
         "operators_ms": inside,
+        **kinds,
         "num_operators": min(counts),
         "outside_at_least": 1 - inside / wall,
         "outside_at_most": 1 - (inside - (slowed - wall)) / wall,
     }
+
+
+def kind_of(operator: str) -> str:
+    if any(name in operator for name in PRODUCTS):
+        return "products_ms"
+    return "attention_ms" if any(name in operator for name in ATTENTION) else "others_ms"
 
 
 def milliseconds(step: Callable[[], None], times: int) -> float:
@@ -100,13 +115,15 @@ def first_examples(dataset: Dataset, count: int) -> Dataset:
 
 def show(results: dict[str, Any]) -> None:
     table = Table(title="Time of a step outside of torch's operators")
-    for column in ("dtype", "step", "ms", "operators, ms", "operators", "at least", "at most"):
+    kinds = ("step_ms", "operators_ms", "products_ms", "attention_ms", "others_ms")
+    titles = ("dtype", "step", "ms", "operators, ms", "products", "attention", "others", "operators")
+    for column in (*titles, "at least", "at most"):
         table.add_column(column, justify="left" if column in ("dtype", "step") else "right")
     for dtype, rows in results["dtypes"].items():
         for name, row in rows.items():
-            times = (f"{row['step_ms']:.1f}", f"{row['operators_ms']:.1f}", f"{row['num_operators']:.0f}")
+            times = (f"{row[kind]:.1f}" for kind in kinds)
             bounds = (f"{row['outside_at_least']:.1%}", f"{row['outside_at_most']:.1%}")
-            table.add_row(dtype, name, *times, *bounds)
+            table.add_row(dtype, name, *times, f"{row['num_operators']:.0f}", *bounds)
     console.print(table)
 
 
