@@ -130,8 +130,6 @@ class Filling:
     # --- backward
 
     def _add_backwards(self, job: FinetuneJob) -> None:
-        if not self._has_time_for(1.0):
-            return
         batch, sequence = self.batch, job.sequence
 
         @cache  # layer after layer has the same windows

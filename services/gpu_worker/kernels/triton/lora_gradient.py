@@ -156,7 +156,7 @@ class _Sum:
     """What is added to a gradient: `scale` wide^T low."""
 
     wide: Tensor  # [N, features]
-    low: Tensor  # [N, ranks], or parts [P, N, ranks] of that
+    low: Tensor  # [P, N, ranks]: parts whose sum it is
     grad: Tensor  # float32
     scale: float
 
@@ -262,7 +262,7 @@ def _sum(wide: Tensor, low: Tensor, grad: Tensor, shape: tuple[int, int], scale:
             f"no kernel adds to {grad.dtype} {list(grad.shape)} as dense float32 {list(shape)}"
         )
     wide, low = (t if t.stride(-1) == 1 else t.contiguous() for t in (wide, low))
-    return _Sum(wide, low, grad, scale)
+    return _Sum(wide, low if low.ndim == 3 else low[None], grad, scale)
 
 
 def _launch(of_a: _Sum | None, of_b: list[_Sum]) -> None:
@@ -272,8 +272,8 @@ def _launch(of_a: _Sum | None, of_b: list[_Sum]) -> None:
     if not own or not len(own[0].wide):
         return
     given = [of_a or own[0], *of_b]
-    given += [own[0]] * (1 + MOST_BLOCKS - len(given))  # never looked at: the grid ends before
-    parts = given[0].low[None] if given[0].low.ndim == 2 else given[0].low
+    given += [own[-1]] * (1 + MOST_BLOCKS - len(given))  # never looked at: the grid ends before
+    parts = given[0].low
     most_ranks = max(each.num_ranks for each in own)
     ranks = _tile_ranks(most_ranks)
     features = max(each.wide.shape[1] for each in own)
