@@ -28,6 +28,7 @@ from benchmarks.report import save
 from services.gpu_worker.engine.batch import Batch, Timing
 from services.gpu_worker.engine.config import EngineConfig
 from services.gpu_worker.engine.engine import Engine
+from services.gpu_worker.engine.latency import Work
 from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.engine.slo import SLO
@@ -98,17 +99,17 @@ class WatchedEngine(Engine):
         latency = self.scheduler.latency if batch.num_lanes == 1 else self.scheduler.lane_latency
         assert latency is not None
         for lane, times in enumerate(timing.lanes):
-            forward = batch.forward_work(lane)
-            fused, back = latency.forward_correction(forward), latency.backward_correction
-            fused_ms = latency.table_forward_ms(forward)
-            back_ms = sum(latency.table_backward_ms(s.work) for s in batch.backwards if s.lane == lane)
+            forward = Work() if lane else batch.forward_work
+            parts = [(latency.table_forward_ms(forward), latency.forward_correction(forward))]
+            works = [step.work for step in batch.steps if step.lane == lane]
+            parts += [(latency.table_step_ms(work), latency.step_correction(work)) for work in works]
             self.parts.append(
                 Part(
                     kind_of(batch, lane),
-                    fused_ms + back_ms,
-                    fused_ms * fused.level + back_ms * back.level,
-                    fused_ms * fused.factor + back_ms * back.factor,
-                    times.forward_ms + times.backward_ms,
+                    sum(table_ms for table_ms, _ in parts),
+                    sum(table_ms * correction.level for table_ms, correction in parts),
+                    sum(table_ms * correction.factor for table_ms, correction in parts),
+                    times.forward_ms + times.steps_ms,
                 )
             )
         self.plans.append((batch.predicted_ms, timing.total_ms))
@@ -119,8 +120,8 @@ def kind_of(batch: Batch, lane: int) -> str:
     parts = {
         "decode": lane == 0 and batch.decodes,
         "prompt": lane == 0 and batch.prompts,
-        "window": [work for work in batch.forwards if work.lane == lane],
-        "backward": [work for work in batch.backwards if work.lane == lane],
+        "window": lane == 0 and batch.forwards,
+        "steps": [step for step in batch.steps if step.lane == lane],
     }
     names = " + ".join(name for name, found in parts.items() if found)
     return f"{names}, one of two lanes" if names and batch.num_lanes > 1 else names

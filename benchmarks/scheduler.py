@@ -50,10 +50,13 @@ def make_scheduler(load: Load) -> Scheduler:
     latency = LatencyModel(
         forward=Curve([1, 256, 512, 4096], [8.0, 9.0, 12.0, 90.0]),
         training=Curve([0, 1000], [0.0, 5.0]),
+        layer=Curve([1, 256, 2048], [0.25, 0.28, 1.6]),
+        loss=Curve([1, 256, 2048], [0.3, 0.5, 3.0]),
         backward=Curve([1, 256, 2048], [0.3, 0.4, 3.0]),
         optimizer_ms=2.0,
         keys=Curve([0, 10**6], [0.0, 10.0]),
         pairs=Curve([0, 10**7], [0.0, 10.0]),
+        layer_pairs=Curve([0, 10**7], [0.0, 0.3]),
         backward_pairs=Curve([0, 10**7], [0.0, 1.0]),
     )
     limits = SchedulerConfig(

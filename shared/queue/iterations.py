@@ -33,12 +33,12 @@ class IterationBatch(Message):
     )  # since its end, at the sending
     decode_tokens: tuple[int, ...] = ()
     prefill_tokens: tuple[int, ...] = ()
-    forward_tokens: tuple[int, ...] = ()  # of windows of finetuning
-    backward_tokens: tuple[float, ...] = ()  # token-layers / layers
+    forward_tokens: tuple[float, ...] = ()  # of finetuning; token-layers / layers
+    backward_tokens: tuple[float, ...] = ()
     limit_ms: tuple[float, ...] = ()  # 0: none, or somebody is late already
     predicted_ms: tuple[float, ...] = ()  # with the margin that it was planned with
     forward_ms: tuple[float, ...] = ()
-    backward_ms: tuple[float, ...] = ()
+    steps_ms: tuple[float, ...] = ()
     optimizer_ms: tuple[float, ...] = ()
     running: tuple[int, ...] = ()
     waiting: tuple[int, ...] = ()

@@ -32,6 +32,8 @@ Files = dict[str, bytes]
 LATENCY = LatencyModel(  # of a tiny model on a CPU: measuring takes longer than what most tests compute
     forward=Curve([1, 32, 96], [1.2, 1.3, 4.0]),
     training=Curve([1, 32], [1.5, 2.0]),
+    layer=Curve([1, 32], [0.7, 0.9]),
+    loss=Curve([1, 32], [0.8, 1.0]),
     backward=Curve([1, 32], [0.5, 0.7]),
     optimizer_ms=0.5,
     decodes=Curve([1, 16], [1.0, 1.1]),
@@ -78,10 +80,11 @@ def make_engine(
 
 
 def make_timeless_engine(folder: Path, **options: Any) -> Engine:
-    """Nothing takes time, so that windows are cut by their largest size alone, in every run the same."""
+    """Nothing takes time but to go forward layer by layer, so that windows are cut by their largest size alone, in
+    every run the same."""
     engine = make_engine(folder, **options)
-    nothing = Curve([0, 1], [0.0, 0.0])
-    engine.scheduler.latency = LatencyModel(nothing, nothing, nothing, 0.0)
+    nothing, never = Curve([0, 1], [0.0, 0.0]), Curve([0, 1], [0.0, 1e9])
+    engine.scheduler.latency = LatencyModel(nothing, nothing, never, never, nothing, 0.0)
     return engine
 
 

@@ -82,7 +82,7 @@ def test_a_job_keeps_more_than_its_part_where_the_service_level_has_no_time_for_
         least_ms, most_ms = (policy / 1e6 for policy in (compiled.backward_flops, leanest.step_flops))
         curve = Curve([0, 32], [0.0, most_ms])
         slack_ms = {"none": 0.0, "some": (least_ms + most_ms) / 2, "any": 2 * most_ms}[slack]
-        engine.admission.set_pace(leanest, LatencyModel(curve, curve, curve), 32, slack_ms)
+        engine.admission.set_pace(leanest, LatencyModel(curve, curve, curve, curve, curve), 32, slack_ms)
         add_job(engine)
         kept.append(engine.admission.plan_of("ftjob-1").memory.activations)
     assert kept[0] == kept[2] == lean.activations < kept[1] < rich.activations

@@ -52,7 +52,7 @@ def make_forwarded(model: Transformer, method: Method, policy: int) -> Trainer:
     job = trainer.job
     job.blocks = list(range(trainer._cache.num_blocks))
     trainer.begin(job.sequence)
-    window = job.next_forward(NUM_TOKENS)
+    window = job.next_window(NUM_TOKENS)
     forward(trainer, window)
     job.complete(window)
     return trainer
@@ -103,7 +103,7 @@ def test_a_backward_program_reads_all_that_is_kept_and_fails_without_any_of_it(
 ) -> None:
     trainer = make_forwarded(model, TRAINED[name], policy)
     for index in (1, 0):
-        window, buffers = Window(0, NUM_TOKENS, index), trainer.store._buffers
+        window, buffers = Window(0, NUM_TOKENS, index, Phase.BACKWARD), trainer.store._buffers
         kept, read = buffers[index], set()
 
         class Recording(dict[str, Tensor]):
@@ -251,7 +251,7 @@ def test_no_interpreter_stands_between_a_program_and_its_operations(model: Trans
             return super().__getitem__(label)
 
     trainer.store._buffers[1] = Watching(trainer.store._buffers[1])
-    trainer.backward(Window(0, NUM_TOKENS, 1))
+    trainer.backward(Window(0, NUM_TOKENS, 1, Phase.BACKWARD))
     fx = str(Path(sys.modules["torch.fx"].__file__ or "").parent)
     assert any(name.startswith("<eval_with_key>") for name in callers)
     assert not any(name.startswith(fx) for name in callers)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from services.gpu_worker.engine.fit import SHORT, Extent, Span, agrees, fit, sizes
-from services.gpu_worker.engine.latency import Work
+from services.gpu_worker.engine.latency import StepKind, Work
 
 EXTENT = Extent(decodes=16, context=2048, keys=40_000, rows=768, window=256, sequence=768)
 
@@ -44,6 +44,13 @@ class VirtualMachine:
         if spans and decodes:
             cost += self.beside_ms + 0.05 * decodes
         return self._fastest(cost)
+
+    def layer(self, start: int, end: int) -> float:
+        n = end - start
+        return self._fastest(1.0 + 0.02 * self.tile * -(-n // self.tile) + 1e-5 * n * (start + n / 2))
+
+    def loss(self, num_tokens: int) -> float:
+        return self._fastest(0.5 + 0.04 * num_tokens)
 
     def backward(self, start: int, end: int) -> float:
         n = end - start
@@ -124,13 +131,18 @@ def test_ragged_decodes_cost_what_they_are_padded_to() -> None:
 
 
 @pytest.mark.parametrize("span", [(0, 40), (0, 256), (300, 400), (640, 768)])
-def test_a_backward_window_is_predicted(span: Span) -> None:
+def test_steps_are_predicted(span: Span) -> None:
     machine = VirtualMachine()
     start, end = span
-    predicted = fit(machine, EXTENT).table_backward_ms(
-        Work(window_tokens=end - start, pairs=(end - start) * start)
-    )
-    assert predicted == pytest.approx(machine.backward(start, end), rel=0.1)
+    model = fit(machine, EXTENT)
+
+    def predicted(kind: StepKind) -> float:
+        return model.table_step_ms(Work(window_tokens=end - start, pairs=(end - start) * start, kind=kind))
+
+    assert predicted(StepKind.FORWARD) == pytest.approx(machine.layer(start, end), rel=0.1)
+    assert predicted(StepKind.LOSS) == pytest.approx(machine.loss(end - start), rel=0.1)
+    for kind in (StepKind.BACKWARD, StepKind.FIRST_BACKWARD):
+        assert predicted(kind) == pytest.approx(machine.backward(start, end), rel=0.1)
 
 
 @pytest.mark.parametrize("tile", [1, 64])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from services.gpu_worker.engine.batch import Batch, JobWindow
 from services.gpu_worker.engine.engine import Engine
 from services.gpu_worker.engine.events import JobEvent
-from services.gpu_worker.engine.lanes import Gate, Lanes, Progress
+from services.gpu_worker.engine.lanes import Lanes, Progress
+from services.gpu_worker.engine.latency import StepKind
 from services.gpu_worker.engine.sequence import Sampling
 from services.gpu_worker.finetune.job import JobConfig, Phase, Window
 from services.gpu_worker.model.peft import Method
@@ -71,17 +73,8 @@ class Watch:
         inner = engine.runner.launch
         engine.runner.launch = lambda batch: (self.batches.append(batch), inner(batch))[1]  # type: ignore[method-assign]
 
-    def lanes_of(self, kind: str) -> set[int]:
-        return {work.lane for batch in self.batches for work in getattr(batch, kind)}
-
-    @property
-    def num_split(self) -> int:
-        """Batches in which one job goes forward in both lanes."""
-        return sum(
-            len({work.lane for work in batch.forwards if work.job is job}) > 1
-            for batch in self.batches
-            for job in {id(work.job): work.job for work in batch.forwards}.values()
-        )
+    def lanes_of(self, kind: StepKind) -> set[int]:
+        return {step.lane for batch in self.batches for step in batch.steps if step.kind is kind}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -95,9 +88,9 @@ def test_a_job_learns_the_same_in_two_lanes(folder: Path, name: str) -> None:
     assert curve(run(two)[1]) == pytest.approx(expected, abs=2e-4)
     masters = [engine.runner.trainers["ftjob-1"].parameters.flat for engine in (one, two)]
     torch.testing.assert_close(masters[0], masters[1], atol=2e-3, rtol=0)
-    assert watch.num_split > 0
     trains_layers = two.job("ftjob-1").trains_layers
-    assert watch.lanes_of("backwards") == ({0, 1} if trains_layers else set())
+    assert watch.lanes_of(StepKind.FORWARD) == {0, 1}
+    assert watch.lanes_of(StepKind.BACKWARD) == ({0, 1} if trains_layers else set())
 
 
 @pytest.mark.parametrize("offload", ["never", "always"])
@@ -146,7 +139,7 @@ def test_requests_and_two_jobs_beside_each_other_get_what_they_get_alone(folder:
     assert {name: output.tokens for name, output in outputs.items()} == expected_tokens
     for job_id, losses in expected_losses.items():
         assert curve(events, job_id) == pytest.approx(losses, abs=2e-4)
-    assert any(batch.num_lanes == 2 and batch.backwards for batch in watch.batches)
+    assert any(batch.num_lanes == 2 and batch.steps for batch in watch.batches)
 
 
 def test_a_job_that_fails_in_its_lane_harms_nobody(folder: Path) -> None:
@@ -185,24 +178,6 @@ def test_what_one_lane_raises_ends_both_and_reaches_the_caller() -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_a_forward_follows_another_layer_by_layer() -> None:
-    progress, order = Progress(), list[tuple[int, int]]()
-
-    def work(lane: int) -> None:
-        gate = Gate(progress, lane, follows=lane == 0)
-        for layer in range(20):
-            gate.enter(layer)
-            if lane == 1:
-                time.sleep(0.001)
-            order.append((layer, lane))
-            gate.leave(layer)
-
-    Lanes(2).run(work, progress)
-    assert len(order) == 40
-    assert all(order.index((layer, 1)) < order.index((layer, 0)) for layer in range(20))
-    assert progress.waited_s[0] > 0.0 == progress.waited_s[1]
-
-
 # --- steps that there is no time for
 
 
@@ -224,19 +199,19 @@ def test_steps_that_take_too_long_are_given_back_and_done_later(folder: Path, ma
 
     engine = make(folder, scheduler={**SCHEDULER, "idle_ms": 25.0})
     add_job(engine, METHODS["lora"])
-    trainer, rng = engine.runner.trainers["ftjob-1"], random.Random(0)
-    inner = trainer.backward
+    rng = random.Random(0)
+    inner = engine.runner.step
 
-    def backward(window: Window) -> None:
+    def step(work: JobWindow) -> None:
         if rng.random() < 0.05:
             time.sleep(0.05)
-        inner(window)
+        inner(work)
 
-    trainer.backward = backward  # type: ignore[method-assign]
+    engine.runner.step = step  # type: ignore[method-assign]
     given_back, give_back = [], engine.scheduler.give_back
 
     def watch(batch: Batch, num_steps: int) -> None:
-        given_back.append(len(batch.backwards) - num_steps)
+        given_back.append(len(batch.steps) - num_steps)
         give_back(batch, num_steps)
 
     engine.scheduler.give_back = watch  # type: ignore[method-assign]
@@ -249,12 +224,11 @@ def test_what_is_given_back_is_where_it_was() -> None:
     job = make_job("j", [40, 30], num_layers=5, in_flight=80)
     world.scheduler.add_job(job)
     batch = world.scheduler.schedule(world.now_s)
-    assert len(batch.backwards) > 4 and batch.updates and job.phase is Phase.OPTIMIZER
+    assert len(batch.steps) > 4 and batch.updates and job.phase is Phase.OPTIMIZER
     world.scheduler.give_back(batch, 0)
-    assert not batch.backwards and not batch.updates
-    num_tokens = sum(work.num_tokens for work in batch.forwards)
-    assert (job.phase, job.layer, job.position) == (Phase.BACKWARD, 4, num_tokens)
-    assert job.served_tokens == 5 * num_tokens
+    assert not batch.steps and not batch.updates
+    assert not batch.forwards and (job.phase, job.layer, job.position) == (Phase.FORWARD, 0, 0)
+    assert job.served_tokens == 0
     world.scheduler.advance(batch, world.now_s)
     world.run()
     assert job.step == job.total_steps
@@ -266,36 +240,45 @@ def test_what_is_given_back_is_where_it_was() -> None:
 def test_neighbouring_layers_are_under_way_at_once_and_no_others() -> None:
     job = make_job("j", [40], num_layers=4)
 
-    def step(start: int, end: int, layer: int) -> JobWindow:
-        return JobWindow(job, job.sequence, Window(start, end, layer))
+    def step(start: int, end: int, layer: int, phase: Phase = Phase.BACKWARD) -> JobWindow:
+        return JobWindow(job, job.sequence, Window(start, end, layer, phase))
 
     assert not step(20, 40, 2).must_follow(step(0, 20, 3))  # the rows before it, a layer above
     assert step(20, 40, 2).must_follow(step(20, 40, 3))  # its own rows
     assert step(20, 40, 2).must_follow(step(10, 30, 3))  # some of them
     assert step(0, 20, 3).must_follow(step(20, 40, 3))  # sums into keys that it reads
     assert step(20, 40, 1).must_follow(step(0, 20, 3))  # two layers have room for their sums, three do not
+    forward = partial(step, phase=Phase.FORWARD)
+    assert not forward(0, 20, 3).must_follow(forward(20, 40, 2))  # the rows behind it, a layer below
+    assert forward(0, 20, 3).must_follow(forward(0, 20, 2))  # its own rows
+    assert forward(0, 20, 3).must_follow(forward(10, 30, 2))  # some of them
+    assert forward(20, 40, 3).must_follow(forward(0, 20, 3))  # writes keys that it reads
+    assert step(20, 40, 3).must_follow(forward(0, 20, 3))  # the same
+    loss = partial(forward, layer=4)
+    assert loss(0, 20).must_follow(forward(0, 20, 3)) and not loss(0, 20).must_follow(forward(20, 40, 3))
+    assert not loss(20, 40).must_follow(loss(0, 20)) and not step(20, 40, 3).must_follow(loss(0, 20))
+    assert step(0, 20, 3).must_follow(loss(0, 20))
+    job.trains_head = True
+    assert loss(20, 40).must_follow(loss(0, 20))  # they sum into the same gradients
     other = make_job("k", [40], num_layers=4)
-    assert not JobWindow(other, other.sequence, Window(0, 20, 3)).must_follow(step(0, 20, 3))
+    assert not JobWindow(other, other.sequence, Window(0, 20, 3, Phase.BACKWARD)).must_follow(step(0, 20, 3))
 
 
 def replay(batch: Batch, scheduler: Any) -> tuple[list[float], list[tuple[JobWindow, float, float]]]:
     """Runs a batch's lanes by a clock as `ModelRunner` does, each waiting for what it is told to wait for: when the
     lanes end, and from when to when each step ran."""
     latency = scheduler.lane_latency
-    clocks = [latency.forward_ms(batch.forward_work(lane)) for lane in range(2)]
-    forwarded = list(clocks)
+    clocks = [latency.forward_ms(batch.forward_work), 0.0]
     ends: list[list[float]] = [[], []]
     spans: list[tuple[JobWindow, float, float]] = []
-    todo = [list(batch.backward_steps(lane)) for lane in range(2)]
+    todo = [list(batch.steps_of(lane)) for lane in range(2)]
     while any(todo):
         before = sum(map(len, todo))
         for lane in range(2):
             if todo[lane] and todo[lane][0][2] <= len(ends[1 - lane]):
                 _, step, needed = todo[lane].pop(0)
                 start = max(clocks[lane], ends[1 - lane][needed - 1] if needed else 0.0)
-                if any(work.job is step.job and work.lane != lane for work in batch.forwards):
-                    start = max(start, forwarded[1 - lane])
-                clocks[lane] = start + latency.backward_ms(step.work)
+                clocks[lane] = start + latency.step_ms(step.work)
                 ends[lane].append(clocks[lane])
                 spans.append((step, start, clocks[lane]))
         assert sum(map(len, todo)) < before, "the lanes wait for each other"
@@ -335,7 +318,7 @@ def test_lanes_end_when_predicted_and_no_step_runs_beside_one_that_it_must_follo
         assert max(clocks) + updates_ms == pytest.approx(batch.predicted_ms)
         for i, (step, start, _) in enumerate(spans):
             for earlier, _, end in spans[:i]:
-                if batch.backwards.index(earlier) < batch.backwards.index(step) and step.must_follow(earlier):
+                if batch.steps.index(earlier) < batch.steps.index(step) and step.must_follow(earlier):
                     assert end <= start + 1e-9
 
 
@@ -347,7 +330,7 @@ def test_requests_take_one_lane_and_the_other_trains_meanwhile() -> None:
     batches = [world.step() for _ in range(30)]
     decoding = [batch for batch in batches if batch.decodes and batch.num_lanes == 2]
     assert len(decoding) > 20
-    assert all(work.lane == 1 for batch in decoding for work in batch.backwards[:1])
+    assert all(work.lane == 1 for batch in decoding for work in batch.steps[:1])
 
 
 def test_requests_that_one_lane_would_make_late_get_all_threads() -> None:

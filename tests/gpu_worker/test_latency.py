@@ -43,7 +43,7 @@ def test_what_rows_attend_to_costs_time() -> None:
     latency = make_latency()
     assert latency.forward_ms(Work(decodes=4, keys=4000)) == pytest.approx(2.4 + 4.0)
     assert latency.forward_ms(Work(window_tokens=40, pairs=8000)) == pytest.approx(6.0 + 0.8)
-    assert latency.backward_ms(Work(window_tokens=40, pairs=8000)) == pytest.approx(2.2 + 0.8)
+    assert latency.step_ms(Work(window_tokens=40, pairs=8000)) == pytest.approx(2.2 + 0.8)
     mixed = Work(decodes=4, keys=4000) + Work(window_tokens=40, pairs=8000, loss_tokens=40)
     assert latency.forward_ms(mixed) == pytest.approx(2.0 + 4.4 + 0.8 + 4.0 + 0.8)
 
@@ -64,11 +64,11 @@ def test_further_windows_cost_extra() -> None:
 
 def test_an_iteration_is_judged_by_all_that_it_computed() -> None:
     latency = make_latency()
-    expected = latency.forward_ms(WINDOW), 2 * latency.backward_ms(WINDOW)
+    expected = latency.forward_ms(WINDOW), 2 * latency.step_ms(WINDOW)
     latency.observe(WINDOW, expected[0], [WINDOW, WINDOW], expected[1])
     latency.observe(DECODES, 2 * latency.forward_ms(DECODES), [], 0.0)
     errors = latency.errors()
-    assert errors["windows"].p95 == errors["backward"].p95 == pytest.approx(0.0, abs=1e-9)
+    assert errors["windows"].p95 == errors["backward_steps"].p95 == pytest.approx(0.0, abs=1e-9)
     assert errors["iteration"].count == 2 and errors["iteration"].p50 == pytest.approx(0.0, abs=1e-9)
     assert errors["decodes"].p95 == errors["iteration"].p95 == pytest.approx(1.0)
     assert errors["iteration"].exceeded == 0.5
@@ -83,12 +83,12 @@ def test_a_stall_in_an_optimizer_step_does_not_make_steps_too_long_to_schedule()
 @pytest.mark.parametrize("slowness", [0.5, 1.0, 2.5])
 def test_predictions_follow_a_machine_that_changed_its_speed(slowness: float) -> None:
     latency, fresh = make_latency(), make_latency()
-    forward_ms, backward_ms = fresh.forward_ms(WINDOW), 2 * fresh.backward_ms(WINDOW)
+    forward_ms, backward_ms = fresh.forward_ms(WINDOW), 2 * fresh.step_ms(WINDOW)
     for _ in range(60):
         latency.observe(WINDOW, forward_ms * slowness, [WINDOW, WINDOW], backward_ms * slowness)
         latency.observe_update(slowness)
     assert latency.forward_ms(WINDOW) == pytest.approx(forward_ms * slowness, rel=0.05)
-    assert 2 * latency.backward_ms(WINDOW) == pytest.approx(backward_ms * slowness, rel=0.05)
+    assert 2 * latency.step_ms(WINDOW) == pytest.approx(backward_ms * slowness, rel=0.05)
     assert latency.optimizer_ms == pytest.approx(slowness, rel=0.05)
 
 

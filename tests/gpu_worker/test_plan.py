@@ -285,11 +285,11 @@ def test_a_sequence_holds_at_its_peak_what_was_planned(folder: Path, name: str) 
     with LiveBytes() as live:
         trainer.begin(job.sequence)
         while job.phase is Phase.FORWARD:
-            window = job.next_forward(WINDOW)
+            window = job.next_window(WINDOW)
             forward(trainer, window)
             job.complete(window)
         while job.phase is Phase.BACKWARD:
-            window = job.next_backward(WINDOW)
+            window = job.next_step(WINDOW)
             trainer.backward(window)
             job.complete(window)
     planned = predicted.activation_bytes + predicted.sequence.total + predicted.window.peak

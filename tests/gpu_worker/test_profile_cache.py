@@ -144,7 +144,7 @@ def test_an_engine_knows_how_long_its_iterations_take(folder: Path) -> None:
     engine = make_measured_engine(folder)
     busy(engine)
     errors = engine.scheduler.latency.errors()
-    assert all(errors[part].count > 5 for part in ("iteration", "windows", "first_backward"))
+    assert all(errors[part].count > 5 for part in ("iteration", "windows", "first_backward_steps"))
     assert errors["iteration"].p50 < 3.0
 
 

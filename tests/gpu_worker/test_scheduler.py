@@ -36,7 +36,7 @@ job_lists = st.lists(
 
 
 def is_finetuning(batch: Batch) -> bool:
-    return bool(batch.forwards or batch.backwards or batch.updates)
+    return bool(batch.forwards or batch.steps or batch.updates)
 
 
 def is_kept(batch: Batch, world: World) -> bool:
@@ -262,18 +262,42 @@ def test_the_load_is_the_share_of_time_that_prompts_have_taken_of_late() -> None
     assert load.share(60.0) == 1.0
 
 
-def test_requests_have_one_of_two_lanes_only_while_no_prompt_waits() -> None:
+@pytest.mark.parametrize(
+    ("ttft_slo_ms", "load", "lanes"), [(2000.0, 0.0, {2}), (50.0, 0.0, {1}), (2000.0, 0.6, {1})]
+)
+def test_prompts_have_one_of_two_lanes_where_they_have_time_and_are_few(
+    ttft_slo_ms: float, load: float, lanes: set[int]
+) -> None:
     world = make_world(num_blocks=400, max_model_len=256, lane_latency=make_latency(1.8))
-    world.scheduler.add_job(make_job("j", [60], n_epochs=1000))
+    world.scheduler.add_job(make_job("j", [60], n_epochs=1000, num_layers=40))
     for i in range(6):
-        world.scheduler.add(make_sequence(f"d{i}", 4, 200, i, tpot_slo_ms=10.0))
+        world.scheduler.add(make_sequence(f"d{i}", 4, 200, i, tpot_slo_ms=20.0))
     assert any(world.step().num_lanes == 2 for _ in range(40))
-    prompts = [make_sequence(f"p{i}", 160, 2, 9 + i, arrival_s=world.now_s) for i in range(2)]
+    if load:
+        world.scheduler._prompt_load.add(1000 * load * MEMORY_S, world.now_s)
+    prompts = [
+        make_sequence(f"p{i}", 160, 2, 9 + i, arrival_s=world.now_s, ttft_slo_ms=ttft_slo_ms)
+        for i in range(2)
+    ]
     for prompt in prompts:
         world.scheduler.add(prompt)
+    found = set()
     while any(prompt.first_token_s is None for prompt in prompts):
-        assert world.step().num_lanes == 1
+        found.add(world.step().num_lanes)
+    assert found == lanes
     assert any(world.step().num_lanes == 2 for _ in range(40))
+
+
+def test_the_other_lane_trains_as_long_as_requests_compute_in_theirs() -> None:
+    world = make_world(num_blocks=400, max_model_len=256, lane_latency=make_latency(1.0))
+    world.scheduler.add_job(make_job("j", [60], n_epochs=1000, num_layers=40))
+    world.scheduler._prompt_load.add(
+        450.0 * MEMORY_S, world.now_s
+    )  # nearly half of what is left goes to prompts
+    world.scheduler.add(make_sequence("p", 200, 2, arrival_s=world.now_s, ttft_slo_ms=5000.0))
+    batch = world.step()
+    assert batch.prompts and batch.num_lanes == 2 and batch.limit_ms >= batch.lanes_ms[0]
+    assert batch.lanes_ms[1] > 0.8 * batch.lanes_ms[0]
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 3.0), (2.0, 1.0)])
@@ -306,7 +330,7 @@ def test_an_evaluation_runs_before_the_first_step_and_after_the_last() -> None:
     kinds: list[str] = []
     while world.scheduler.has_work:
         batch = world.step()
-        kinds += ["eval" for work in batch.forwards if work.ends_evaluation]
+        kinds += ["eval" for _ in batch.reports]
         kinds += ["step" for _ in batch.updates]
     assert kinds == ["eval", "step", "step", "eval"]
     assert job.step == 2

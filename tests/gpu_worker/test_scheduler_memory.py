@@ -76,23 +76,23 @@ def test_a_job_that_can_park_goes_on_where_it_was() -> None:
     world = make_world(num_blocks=20, idle_ms=5.0)
     world.scheduler.add_job(job := make_job("j", [60], num_layers=4))
     job.can_park = True
-    forward = backward = 0
+    forward = backward = 0.0
     parked: list[int] = []
     for number in range(1000):
         if job.reads_cache and not job.parked and not world.scheduler.running and len(parked) < 5:
             world.scheduler.add(make_sequence(f"r{number}", 40, 3, number))
-        num_computed = job.position if job.phase is Phase.FORWARD else 60
+        num_computed = job.num_cached_tokens if job.phase in (Phase.FORWARD, Phase.BACKWARD) else 0
         batch = world.step()
         for item in batch.parked:
             assert len(item.blocks) == -(-num_computed // 4) and not job.blocks
             parked.append(number)
         assert not (job.parked and job.blocks)
-        forward += batch.num_forward_tokens
-        backward += sum(work.window.num_tokens for work in batch.backwards)
+        forward += batch.num_tokens(Phase.FORWARD)
+        backward += batch.num_tokens(Phase.BACKWARD)
         if world.jobs_done:
             break
     assert len(parked) == 5 and job.restarts == 0
-    assert (forward, backward) == (60, 4 * 60), "nothing is computed twice"
+    assert (forward, backward) == pytest.approx((60, 60)), "nothing is computed twice"
 
 
 def test_blocks_are_taken_from_whoever_loses_no_work_by_it() -> None:
@@ -123,7 +123,7 @@ def test_windows_are_small_and_then_none_while_memory_is_short() -> None:
     for level in Pressure:
         world.scheduler.finetuning.pressure = level
         batches = [world.step() for _ in range(3)]
-        sizes = [work.window.num_tokens for batch in batches for work in batch.forwards + batch.backwards]
+        sizes = [work.window.num_tokens for batch in batches for work in batch.forwards + batch.steps]
         largest.append(max(sizes, default=0))
     assert largest == [60, 8, 8, 0, 0]
 

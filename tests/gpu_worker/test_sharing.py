@@ -11,7 +11,7 @@ from services.gpu_worker.engine.batch import Batch
 from services.gpu_worker.engine.fair_share import FairShare
 from services.gpu_worker.engine.sharing import DynamicTemporal, Temporal, Turn
 from services.gpu_worker.engine.slo import SLO
-from services.gpu_worker.finetune.job import FinetuneJob
+from services.gpu_worker.finetune.job import FinetuneJob, Phase
 from tests.gpu_worker.virtual import World, make_job, make_latency, make_sequence, make_world
 
 FLEX = SLO(tpot_ms=200.0, ttft_ms=4000.0, rank=2)
@@ -210,11 +210,10 @@ def test_each_policy_gives_iterations_to_those_it_is_named_for() -> None:
 
 def test_a_finetuning_iteration_of_temporal_sharing_is_a_whole_training_sequence() -> None:
     (batch, *_) = [batch for batch in shared("temporal", period=3) if batch.has_finetuning]
-    assert [(w.window.start, w.window.end, w.window.layer) for w in batch.forwards] == [(0, 60, None)]
-    assert [(w.window.start, w.window.end, w.window.layer) for w in batch.backwards] == [
-        (0, 60, 1),
-        (0, 60, 0),
-    ]
+    windows = [work.window for work in batch.forwards + batch.steps]
+    assert {(window.start, window.end) for window in windows} == {(0, 60)}
+    assert [window.layer for window in windows if window.phase is Phase.BACKWARD] == [1, 0]
+    assert batch.num_tokens(Phase.FORWARD) == batch.num_tokens(Phase.BACKWARD) == 60
     assert len(batch.updates) == 1 and batch.predicted_ms > 15
 
 
@@ -242,7 +241,7 @@ def test_windows_lie_on_a_grid_and_no_window_is_too_small_for_it(window: int) ->
     while world.scheduler.has_work:
         batch = world.step()
         ends |= {work.window.end for work in batch.forwards}
-        ends |= {edge for work in batch.backwards for edge in (work.window.start, work.window.end)}
+        ends |= {edge for work in batch.steps for edge in (work.window.start, work.window.end)}
     assert job.step == 2
     assert all(end % min(32, window) == 0 for end in ends - {61})
 

@@ -141,9 +141,9 @@ def test_a_batch_beside_decodes_is_predicted_by_the_interference_and_keeps_its_l
     latency, num_beside = world.scheduler.latency, 0
     for _ in range(150):
         batch = world.step()
-        forward_ms = latency.forward_ms(batch.forward_work())
-        backward_ms = sum(latency.backward_ms(step.work) for step in batch.backwards)
-        if batch.interference and batch.backwards:
+        forward_ms = latency.forward_ms(batch.forward_work)
+        backward_ms = sum(latency.step_ms(step.work) for step in batch.steps)
+        if batch.interference and batch.steps:
             num_beside += 1
             assert batch.decodes and not batch.prompts and not batch.forwards
             windows_ms = PAYS.together_ms(forward_ms, backward_ms)
@@ -160,7 +160,7 @@ def test_decodes_leave_time_for_more_of_the_backward_beside_them_than_behind() -
     for beside in (None, PAYS):
         world = serving_world(beside, tpot_slo_ms=8.0)
         batches = [world.step() for _ in range(35)]
-        counts.append(sum(step.window.num_tokens for batch in batches for step in batch.backwards))
+        counts.append(sum(step.window.num_tokens for batch in batches for step in batch.steps))
         assert max(gap for gaps in world.gaps_ms.values() for gap in gaps) < 3 * 8.0
     assert counts[1] > 1.2 * counts[0]
 
@@ -340,7 +340,7 @@ def test_gradients_are_the_same_on_a_second_stream_of_a_gpu(folder: Path, kernel
 
         def counted(batch: Batch, inner: Any = launch) -> Any:
             nonlocal num_beside
-            num_beside += bool(batch.interference and batch.backwards)
+            num_beside += bool(batch.interference and batch.steps)
             return inner(batch)
 
         engine.runner.launch = counted  # type: ignore[method-assign]

@@ -139,23 +139,33 @@ def forward_programs(whole: ModelConfig, tp: int, kernels: Kernels) -> ForwardPr
 
 
 def forward(trainer: Trainer, window: Window) -> None:
+    """Through all layers, through one, or the loss."""
     model, cache = trainer._model, trainer._cache
+    if window.layer == model.config.num_layers:
+        trainer.finish_forward(window)
+    elif window.layer is not None:
+        trainer.forward(window, forward_context(trainer, window))
+    else:
+        hidden = model.forward(trainer.tokens(window), cache, forward_context(trainer, window))
+        trainer.finish_forward(window, hidden)
+
+
+def forward_context(trainer: Trainer, window: Window) -> ForwardContext:
+    model, cache = trainer._model, trainer._cache
+    evaluation = trainer.job.sequence.evaluation
     positions = range(window.start, window.end)
     blocks = [trainer.job.blocks[p // BLOCK_SIZE] for p in positions]
     run = trainer.adapter_run(window, 0)
-    kept = frozenset() if trainer.job.evaluating else trainer.policies.reserve.labels
+    kept = frozenset() if evaluation else trainer.policies.reserve.labels
     programs = forward_programs(model.weights.whole, model.weights.group.size, model.weights.kernels)
-    context = ForwardContext(
+    return ForwardContext(
         positions=trainer.positions(window),
         slots=cache.slots(blocks, [p % BLOCK_SIZE for p in positions]),
         program=programs.get(run.weights.sites, kept),
         attention=_alone(trainer.attention(window)),
         adapters=[run],
-        captures=[]
-        if trainer.job.evaluating
-        else [Capture(slice(0, window.num_tokens), trainer.store, window.start)],
+        captures=[] if evaluation else [Capture(slice(0, window.num_tokens), trainer.store, window.start)],
     )
-    trainer.finish_forward(window, model.forward(trainer.tokens(window), cache, context))
 
 
 def _alone(window: WindowAttention) -> Attention:
@@ -167,7 +177,8 @@ def _alone(window: WindowAttention) -> Attention:
 
 
 def advance(trainer: Trainer, window_size: Callable[[], int]) -> StepReport:
-    """Computes until the next optimizer step is due, or an evaluation is done; returns its report.
+    """Computes until the next optimizer step is due, or an evaluation is done; returns its report. A sequence's first
+    window goes forward through all layers at once, the others layer by layer.
 
     After an optimizer step's windows the gradients stay for the test to read; call `trainer.optimizer_step`.
     """
@@ -175,18 +186,18 @@ def advance(trainer: Trainer, window_size: Callable[[], int]) -> StepReport:
     job.blocks = list(range(trainer._cache.num_blocks - 1, -1, -1))  # not in order: tables are looked up
     while job.phase in (Phase.FORWARD, Phase.BACKWARD):
         if job.phase is Phase.FORWARD:
-            if job.position == 0:
+            is_first = job.position == job.layer == 0
+            if is_first:
                 trainer.begin(job.sequence)
-            evaluating = job.evaluating
-            window = job.next_forward(window_size())
+            window = (job.next_window if is_first else job.next_step)(window_size())
             forward(trainer, window)
-            job.complete(window)
-            if evaluating and not job.evaluating:
-                return trainer.end_evaluation()()
         else:
-            window = job.next_backward(window_size())
+            window = job.next_step(window_size())
             trainer.backward(window)
-            job.complete(window)
+        job.complete(window)
+    if job.phase is Phase.REPORT:
+        job.complete_report()
+        return trainer.end_evaluation()()
     return StepReport(job.step)
 
 
@@ -198,10 +209,10 @@ def backward_peak(
     trainer.begin(job.sequence)
     while job.phase in (Phase.FORWARD, Phase.BACKWARD):
         if job.phase is Phase.FORWARD:
-            window = job.next_forward(window_tokens)
+            window = job.next_window(window_tokens)
             forward(trainer, window)
         else:
-            window = job.next_backward(window_tokens)
+            window = job.next_step(window_tokens)
             trainer.attention(window)
             with counted() as live:
                 trainer.backward(window)

@@ -1,4 +1,4 @@
-"""The loss in pieces of rows and vocabulary: the same numbers, and never more logits alive than allowed."""
+"""The loss in chunks and slabs of rows: the same numbers, and never more logits alive than allowed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from services.gpu_worker.baseline import LiveBytes
+from services.gpu_worker.kernels import cross_entropy
 from services.gpu_worker.kernels.cross_entropy import (
-    FEWEST_ROWS,
     MAX_LOGITS,
+    SLAB,
     CrossEntropy,
     LowRankHead,
     linear_cross_entropy,
@@ -48,14 +49,17 @@ def make_case(dtype: torch.dtype = torch.float64, num_rows: int = ROWS, vocabula
     )
 
 
-@pytest.mark.parametrize("piece", [1, 7, 37, 999, 1000])
+@pytest.mark.parametrize(("chunk", "slab"), [(1, 1), (7, 3), (7, 100), (64, 1), (149, 11), (150, 150)])
 @pytest.mark.parametrize("with_low_rank", [False, True])
-def test_a_vocabulary_in_pieces_gives_the_loss_and_gradients_of_one_piece(
-    piece: int, with_low_rank: bool
+def test_chunks_and_slabs_give_the_loss_and_gradients_of_one(
+    chunk: int, slab: int, with_low_rank: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case()
     whole_head, cut_head = (case.low_rank() if with_low_rank else None for _ in range(2))
-    whole, cut = case.run(MAX_LOGITS, whole_head), case.run(piece * FEWEST_ROWS, cut_head)
+    monkeypatch.setattr(cross_entropy, "MOST_ROWS", ROWS)
+    whole = case.run(MAX_LOGITS, whole_head)
+    monkeypatch.setattr(cross_entropy, "SLAB", slab * VOCABULARY)
+    cut = case.run(chunk * VOCABULARY, cut_head)
     torch.testing.assert_close(cut.loss_sum, whole.loss_sum, rtol=1e-13, atol=0)
     assert int(cut.num_correct) == int(whole.num_correct)
     torch.testing.assert_close(cut.dx, whole.dx, rtol=1e-12, atol=1e-13)
@@ -64,9 +68,9 @@ def test_a_vocabulary_in_pieces_gives_the_loss_and_gradients_of_one_piece(
         torch.testing.assert_close(cut_head.grad_b, whole_head.grad_b, rtol=1e-12, atol=1e-13)
 
 
-def test_pieces_give_what_autograd_gives() -> None:
+def test_chunks_give_what_autograd_gives() -> None:
     case, head = make_case(), make_case().low_rank()
-    found = case.run(37 * FEWEST_ROWS, head)
+    found = case.run(37 * VOCABULARY, head)
     x, a, b = (tensor.clone().requires_grad_() for tensor in (case.x, case.a, case.b))
     logits = x @ case.weight.T + x @ a.T @ b.T
     loss = torch.nn.functional.cross_entropy(logits, case.labels, reduction="sum")
@@ -79,13 +83,14 @@ def test_pieces_give_what_autograd_gives() -> None:
     torch.testing.assert_close(head.grad_b, 0.5 * b.grad, rtol=1e-12, atol=1e-13)  # B's own scale is in b
 
 
-@pytest.mark.parametrize("max_logits", [64 * 2_000, 64 * 20_000, 150 * 20_000])
+@pytest.mark.parametrize("num_rows", [1, 20, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_no_more_logits_are_alive_than_allowed(dtype: torch.dtype, max_logits: int) -> None:
-    """A narrow dtype's twice: in that and in float32. float16 stands in for bfloat16, which oneDNN packs."""
-    case = make_case(dtype, num_rows=150, vocabulary=20_000)
+def test_no_more_logits_are_alive_than_allowed(dtype: torch.dtype, num_rows: int) -> None:
+    """In the model's dtype, and a slab in float32. float16 stands in for bfloat16, which oneDNN packs."""
+    vocabulary = 20_000
+    case = make_case(dtype, num_rows=150, vocabulary=vocabulary)
     head = DenseLinear(case.weight)
     with LiveBytes() as live:
-        linear_cross_entropy(case.x, head, case.labels, 1.0, max_logits=max_logits)
-    logits = max_logits * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
-    assert logits / 2 < live.peak <= logits + 64 * 1024  # what else there is, is narrow
+        linear_cross_entropy(case.x, head, case.labels, 1.0, max_logits=num_rows * vocabulary)
+    logits, slab = num_rows * vocabulary * dtype.itemsize, min(num_rows * vocabulary, SLAB) * 4
+    assert logits < live.peak <= logits + slab + 64 * 1024  # what else there is, is narrow

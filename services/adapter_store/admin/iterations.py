@@ -42,7 +42,7 @@ class Span:
 
     @property
     def total_ms(self) -> float:
-        return self.sum("forward_ms") + self.sum("backward_ms") + self.sum("optimizer_ms")
+        return self.sum("forward_ms") + self.sum("steps_ms") + self.sum("optimizer_ms")
 
     @property
     def finetune_tokens_share(self) -> float | None:
@@ -55,7 +55,7 @@ class Span:
         """Backward, optimizer, and of the fused forward what its tokens are of all tokens in it."""
         fused = self.sum("decode_tokens") + self.sum("prefill_tokens") + self.sum("forward_tokens")
         forward_ms = self.sum("forward_ms") * (ratio(self.sum("forward_tokens"), fused) or 0.0)
-        return ratio(forward_ms + self.sum("backward_ms") + self.sum("optimizer_ms"), self.total_ms)
+        return ratio(forward_ms + self.sum("steps_ms") + self.sum("optimizer_ms"), self.total_ms)
 
 
 def ratio(part: float, whole: float) -> float | None:
@@ -124,7 +124,7 @@ def figures(iterations: Iterations) -> dict[str, str]:
         now_s = iterations.heard_s  # what has ended since is still on its way
     recent = Span(columns, bisect_left(iterations.at_s, now_s - RATE_S), count)
     rates = {kind: compact(recent.sum(column) / RATE_S) for kind, column in KINDS.items()}
-    parts = zip(columns["forward_ms"], columns["backward_ms"], columns["optimizer_ms"], strict=True)
+    parts = zip(columns["forward_ms"], columns["steps_ms"], columns["optimizer_ms"], strict=True)
     totals = [sum(each) for each in parts]
     num_exceeded = sum(map(gt, totals, columns["predicted_ms"]))
     minute = Span(columns, 0, count)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from services.gpu_worker.engine.interference import Interference
-from services.gpu_worker.engine.latency import Work
+from services.gpu_worker.engine.latency import StepKind, Work
 from services.gpu_worker.engine.sequence import Logprob, Sequence
-from services.gpu_worker.finetune.job import FinetuneJob, Window
+from services.gpu_worker.finetune.job import FinetuneJob, Phase, Window
 from services.gpu_worker.finetune.packing import TrainingSequence
 
 
@@ -38,19 +38,30 @@ class Chunk:
 
 @dataclass(slots=True)
 class JobWindow:
-    """A window of a job's training sequence, and in which lane it is computed."""
+    """A window of a job's training sequence; through one layer it is a step, which either lane may compute."""
 
     job: FinetuneJob
     sequence: TrainingSequence
     window: Window
-    ends_evaluation: bool = False
     lane: int = 0
-    expected_ms: float = 0.0  # of a step of the backward
+    expected_ms: float = 0.0  # of a step
 
     @property
     def work(self) -> Work:
-        is_first = self.window.layer == self.job.num_layers - 1
-        return window_work(self.sequence, self.window.start, self.window.end, is_first)
+        return window_work(self.sequence, self.window.start, self.window.end, self.kind)
+
+    @property
+    def kind(self) -> StepKind | None:
+        window, last = self.window, self.job.num_layers - 1
+        if window.layer is None:
+            return None
+        if window.phase is Phase.BACKWARD:
+            return StepKind.FIRST_BACKWARD if window.layer == last else StepKind.BACKWARD
+        return StepKind.LOSS if window.layer > last else StepKind.FORWARD
+
+    @property
+    def begins_sequence(self) -> bool:
+        return self.window.phase is Phase.FORWARD and self.window.start == 0 and not self.window.layer
 
     @property
     def num_tokens(self) -> int:
@@ -58,17 +69,25 @@ class JobWindow:
         return self.sequence.examples_in(self.window.start, self.window.end)
 
     def must_follow(self, earlier: JobWindow) -> bool:
-        """Of two steps of a batch's backward: whether this one has to wait for the earlier one to end.
+        """Of two steps of a batch: whether this one has to wait for the earlier one to end.
 
-        A step reads gradients of its rows from the layer above, of its keys and values from later windows of its
-        layer, and sums into the keys and values before it. So neighbouring layers can be under way at once as
-        long as the upper one's rows lie before the lower one's.
+        In the backward a step reads gradients of its rows from the layer above, of its keys and values from later
+        windows of its layer, and sums into the keys and values before it. So neighbouring layers can be under way at
+        once as long as the upper one's rows lie before the lower one's. In the forward it reads its rows of the layer
+        below and the keys and values of earlier windows: the same holds. A loss concerns its own rows alone.
         """
         if self.job is not earlier.job:
             return False
         own, other = self.window, earlier.window
         assert own.layer is not None and other.layer is not None
-        return other.layer != own.layer + 1 or other.end > own.start
+        if earlier.kind is StepKind.LOSS:
+            is_summed = self.kind is StepKind.LOSS and self.job.trains_head
+            return is_summed or (other.start < own.end and own.start < other.end)
+        if own.phase is not other.phase:
+            return True
+        if own.phase is Phase.BACKWARD:
+            return other.layer != own.layer + 1 or other.end > own.start
+        return other.layer != own.layer - 1 or other.start < own.end
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,23 +122,21 @@ def decode_work(sequences: list[Sequence]) -> Work:
     return Work(decodes=len(keys), keys=sum(keys), longest=max(keys, default=0))
 
 
-def window_work(sequence: TrainingSequence, start: int, end: int, is_first: bool = False) -> Work:
-    """`is_first`: of a backward, through the layer that it begins with."""
+def window_work(sequence: TrainingSequence, start: int, end: int, kind: StepKind | None = None) -> Work:
+    """Of a window through all layers, or of a step."""
     num_tokens = end - start
     pairs = sequence.num_pairs(start, end)
-    return Work(window_tokens=num_tokens, pairs=pairs, loss_tokens=num_tokens, is_first=is_first)
+    return Work(window_tokens=num_tokens, pairs=pairs, loss_tokens=num_tokens, kind=kind)
 
 
 @dataclass(slots=True)
 class Batch:
-    """One fused forward over `prompts`, `decodes` and `forwards`, then `backwards` in order, then
-    `updates`.
+    """One fused forward over `prompts`, `decodes` and `forwards`, then `steps` in order, then `updates`.
 
-    In two lanes requests are in lane 0 and windows in either. Each lane's forward is one; of a job with windows in
-    both, those of lane 1 come first. A step of the backward waits for those that it must follow; updates wait for
-    both lanes. Steps that would not end in time are given back, but for the first.
+    In two lanes the forward is in lane 0 and steps in either, each of which waits for those that it must follow;
+    updates wait for both lanes. Steps that would not end in time are given back, but for the first.
 
-    Where there is `interference` the forward is of decodes alone, and the backward begins beside it.
+    Where there is `interference` the forward is of decodes alone, and the steps begin beside it.
 
     Before all that the keys and values of `parked` jobs go to host memory, then those of jobs `brought_back`
     into their new blocks.
@@ -127,13 +144,14 @@ class Batch:
 
     decodes: list[Sequence] = field(default_factory=list)  # with one uncomputed token each
     prompts: list[Chunk] = field(default_factory=list)
-    forwards: list[JobWindow] = field(default_factory=list)
-    backwards: list[JobWindow] = field(default_factory=list)
+    forwards: list[JobWindow] = field(default_factory=list)  # through all layers
+    steps: list[JobWindow] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
+    reports: list[FinetuneJob] = field(default_factory=list)  # whose evaluations end
     parked: list[Parked] = field(default_factory=list)
     brought_back: list[FinetuneJob] = field(default_factory=list)
     limit_ms: float = 0.0
-    steps_until_ms: float = math.inf  # after the start; later steps of the backward are not begun
+    steps_until_ms: float = math.inf  # after the start; later steps are not begun
     lanes_ms: list[float] = field(default_factory=lambda: [0.0])  # when each lane will be done, as predicted
     updates_ms: float = 0.0  # what the updates will take after that
     interference: Interference | None = None
@@ -151,9 +169,11 @@ class Batch:
     def num_inference_tokens(self) -> int:
         return len(self.decodes) + self.num_prompt_tokens
 
-    @property
-    def num_forward_tokens(self) -> int:
-        return sum(work.num_tokens for work in self.forwards)
+    def num_tokens(self, phase: Phase) -> float:
+        """Of training sequences, forward or backward; what goes through some layers counts in part."""
+        whole = sum(work.num_tokens for work in self.forwards) if phase is Phase.FORWARD else 0
+        steps = (step for step in self.steps if step.window.phase is phase and step.kind is not StepKind.LOSS)
+        return whole + sum(step.num_tokens / step.job.num_layers for step in steps)
 
     @property
     def inference_work(self) -> Work:
@@ -169,15 +189,15 @@ class Batch:
     def predicted_ms(self) -> float:
         return max(self.lanes_ms) + self.updates_ms
 
-    def forward_work(self, lane: int = 0) -> Work:
-        own = (forward.work for forward in self.forwards if forward.lane == lane)
-        return sum(own, Work() if lane else self.inference_work)
+    @property
+    def forward_work(self) -> Work:
+        return sum((forward.work for forward in self.forwards), self.inference_work)
 
-    def backward_steps(self, lane: int = 0) -> Iterator[tuple[int, JobWindow, int]]:
-        """A lane's steps in order, with their places in `backwards`; of each how many of the other lane's have to be
-        done before."""
+    def steps_of(self, lane: int = 0) -> Iterator[tuple[int, JobWindow, int]]:
+        """A lane's steps in order, with their places in `steps`; of each how many of the other lane's have to be done
+        before."""
         counts, others = [0] * self.num_lanes, list[tuple[JobWindow, int]]()
-        for index, step in enumerate(self.backwards):
+        for index, step in enumerate(self.steps):
             counts[step.lane] += 1
             if step.lane != lane:
                 others.append((step, counts[step.lane]))
@@ -186,7 +206,7 @@ class Batch:
 
     @property
     def has_finetuning(self) -> bool:
-        return bool(self.forwards or self.backwards or self.updates)
+        return bool(self.forwards or self.steps or self.updates)
 
     @property
     def is_empty(self) -> bool:
@@ -224,19 +244,18 @@ class LaneTiming:
     """Milliseconds that a lane has computed, without what it waited for the other."""
 
     forward_ms: float
-    backward_ms: float
+    steps_ms: float
 
 
 @dataclass(slots=True)
 class Timing:
-    """Milliseconds of one iteration's parts: the forward that requests are in, then the rest of the windows, then
-    updates."""
+    """Milliseconds of one iteration's parts: the fused forward, then the rest of the steps, then updates."""
 
     forward_ms: float = 0.0
-    backward_ms: float = 0.0
+    steps_ms: float = 0.0
     optimizer_ms: float = 0.0
     lanes: tuple[LaneTiming, ...] = ()
 
     @property
     def total_ms(self) -> float:
-        return self.forward_ms + self.backward_ms + self.optimizer_ms
+        return self.forward_ms + self.steps_ms + self.optimizer_ms

@@ -17,6 +17,7 @@ from services.gpu_worker.engine.config import EngineConfig, device_of, is_asynch
 from services.gpu_worker.engine.events import IterationStats, JobEvent, StepResult, TokenEvent
 from services.gpu_worker.engine.in_flight import InFlight, Launched, RunResult
 from services.gpu_worker.engine.jobs import Jobs
+from services.gpu_worker.engine.latency import Work
 from services.gpu_worker.engine.memory import free_bytes
 from services.gpu_worker.engine.memory_account import MemoryAccount, account_of, restart_peak
 from services.gpu_worker.engine.memory_watch import MemoryWatch
@@ -160,8 +161,9 @@ class Engine:
         latency = self.scheduler.latency if batch.num_lanes == 1 else self.scheduler.lane_latency
         assert latency is not None
         for lane, times in enumerate(timing.lanes):
-            works = [step.work for step in batch.backwards if step.lane == lane]
-            latency.observe(batch.forward_work(lane), times.forward_ms, works, times.backward_ms)
+            steps = [step.work for step in batch.steps if step.lane == lane]
+            forward = Work() if lane else batch.forward_work
+            latency.observe(forward, times.forward_ms, steps, times.steps_ms)
         share = sum((update.share for update in batch.updates), 0.0)
         if share:
             self.scheduler.latency.observe_update(timing.optimizer_ms / share)
@@ -182,7 +184,7 @@ class Engine:
         return events
 
     def _stats(self, batch: Batch, timing: Timing) -> IterationStats:
-        return IterationStats.of(batch, timing, self.scheduler, self.model.config.num_layers)
+        return IterationStats.of(batch, timing, self.scheduler)
 
     def memory(self) -> MemoryAccount:
         """What everybody holds now, from the tensors that are there."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from services.gpu_worker.engine.batch import Batch, Progress, Timing
 from services.gpu_worker.engine.scheduler import Scheduler
 from services.gpu_worker.engine.sequence import Logprob
+from services.gpu_worker.finetune.job import Phase
 from services.gpu_worker.finetune.reports import StepReport
 
 
@@ -51,8 +52,8 @@ class IterationStats:
 
     num_decode_tokens: int = 0
     num_prefill_tokens: int = 0
-    num_forward_tokens: int = 0  # of training and evaluation windows
-    num_backward_tokens: float = 0.0  # token-layers / layers
+    num_forward_tokens: float = 0.0  # of training and evaluation windows; token-layers / layers
+    num_backward_tokens: float = 0.0
     limit_ms: float = 0.0
     predicted_ms: float = 0.0
     timing: Timing = field(default_factory=Timing)
@@ -61,13 +62,12 @@ class IterationStats:
     num_free_blocks: int = 0
 
     @classmethod
-    def of(cls, batch: Batch, timing: Timing, scheduler: Scheduler, num_layers: int) -> IterationStats:
-        backward = sum(work.num_tokens for work in batch.backwards)
+    def of(cls, batch: Batch, timing: Timing, scheduler: Scheduler) -> IterationStats:
         return cls(
             len(batch.decodes),
             batch.num_prompt_tokens,
-            batch.num_forward_tokens,
-            backward / num_layers,
+            batch.num_tokens(Phase.FORWARD),
+            batch.num_tokens(Phase.BACKWARD),
             batch.limit_ms,
             batch.predicted_ms,
             timing,

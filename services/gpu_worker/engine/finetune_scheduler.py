@@ -28,7 +28,7 @@ class FinetuneScheduler:
         self._window, self._min_window, self._patience = window, min(min_window, window), patience
         self._shares = FairShare(quantum=window)
         self._starved = 0  # iterations in a row in which jobs got nothing
-        self.interference: Interference | None = None  # where a backward may run beside decodes
+        self.interference: Interference | None = None  # where steps may run beside decodes
         self.can_give_back = True  # steps that an iteration has planned but no time for
 
     def add(self, job: FinetuneJob) -> None:
@@ -59,21 +59,25 @@ class FinetuneScheduler:
             batch, latency, self._blocks, batch.limit_ms, update_ms, window, self._min_window, forced
         )
         if self.can_give_back:
-            filling.step_ms, batch.steps_until_ms = latency.expected_backward_ms, batch.limit_ms
+            filling.step_ms, batch.steps_until_ms = latency.expected_step_ms, batch.limit_ms
         turns = self._by_turn()
         for tenant, jobs in turns.items():
-            self._shares.charge(tenant, sum(map(filling.add, jobs)))
+            for job in jobs:
+                self._add(filling, tenant, job)
         if turns and not any(job.blocks for job in next(iter(turns.values()))):
             self._shares.end_turn()  # who has no memory must not keep it
         self._starved = 0 if batch.has_finetuning else self._starved + 1
 
     def give_back(self, batch: Batch, num_steps: int) -> None:
-        """All but the first `num_steps` steps of a batch's backward, and the updates behind them."""
-        late, batch.backwards = batch.backwards[num_steps:], batch.backwards[:num_steps]
-        batch.updates = [u for u in batch.updates if all(step.job is not u.job for step in late)]
+        """All but the first `num_steps` steps of a batch, and what is behind them."""
+        late, batch.steps = batch.steps[num_steps:], batch.steps[:num_steps]
+        late_jobs = {id(step.job) for step in late}
+        batch.updates = [update for update in batch.updates if id(update.job) not in late_jobs]
+        batch.reports = [job for job in batch.reports if id(job) not in late_jobs]
         for step in reversed(late):
-            step.job.take_back(step.sequence, step.window)
-            self._shares.charge(_tenant(step.job), -step.num_tokens / (2 * step.job.num_layers))
+            job, before = step.job, step.job.served_tokens
+            job.take_back(step.sequence, step.window)
+            self._shares.charge(_tenant(job), _trained(job, before))
 
     def fill_with_a_sequence(self, batch: Batch, latency: LatencyModel, update_ms: float) -> None:
         """What is left of one training sequence, and the update behind a step's last one, in one piece."""
@@ -83,7 +87,12 @@ class FinetuneScheduler:
         for tenant, jobs in self._by_turn().items():
             for job in jobs:
                 if not batch.has_finetuning:
-                    self._shares.charge(tenant, filling.add(job))
+                    self._add(filling, tenant, job)
+
+    def _add(self, filling: Filling, tenant: str, job: FinetuneJob) -> None:
+        before = job.served_tokens
+        filling.add(job)
+        self._shares.charge(tenant, _trained(job, before))
 
     def _by_turn(self) -> dict[str, list[FinetuneJob]]:
         jobs: dict[str, list[FinetuneJob]] = {}
@@ -91,6 +100,11 @@ class FinetuneScheduler:
             jobs.setdefault(_tenant(job), []).append(job)
         order = self._shares.order({tenant: own[0].weight for tenant, own in jobs.items()})
         return {tenant: jobs[tenant] for tenant in order}
+
+
+def _trained(job: FinetuneJob, before: float) -> float:
+    """Tokens since it had served so many; what has gone half of the way counts half."""
+    return (job.served_tokens - before) * job.weight / (2 * job.num_layers)
 
 
 def _tenant(job: FinetuneJob) -> str:

@@ -40,6 +40,12 @@ class Machine(Protocol):
     ) -> float:
         """One fused forward; each window is another job's, of two at most, and starts its sequence."""
 
+    def layer(self, start: int, end: int) -> float:
+        """A training window forward through one layer."""
+
+    def loss(self, num_tokens: int) -> float:
+        """Of a training window."""
+
     def backward(self, start: int, end: int) -> float:
         """A window through the last layer."""
 
@@ -60,6 +66,8 @@ def fit(machine: Machine, extent: Extent) -> LatencyModel:
     windows = sizes(1, extent.window)
     model = LatencyModel(
         optimizer_ms=machine.optimizer(),
+        layer=_curve(windows, lambda n: machine.layer(0, n)),
+        loss=_curve(windows, machine.loss),
         backward=_curve(windows, lambda n: machine.backward(0, n)),
         forward=_forwards(alone, lambda n: machine.forward(prompts=[(0, n)])),
         training=Curve([0], [0.0]),
@@ -71,6 +79,7 @@ def fit(machine: Machine, extent: Extent) -> LatencyModel:
     model.pairs = _pairs(
         extent.context, extent.rows // 2, lambda a, b: machine.forward(prompts=[(a, b)]), model.forward
     )
+    model.layer_pairs = _pairs(extent.sequence, extent.window, machine.layer, model.layer)
     model.backward_pairs = _pairs(extent.sequence, extent.window, machine.backward, model.backward)
     model.beside = _beside(machine, extent, model)
     _fit_further_windows(machine, min(SMALL, extent.window), model)

@@ -55,7 +55,7 @@ class Plan:
     def of(cls, batch: Batch) -> Plan:
         return cls(
             [(chunk.sequence.request_id, chunk.start, chunk.num_tokens) for chunk in batch.chunks],
-            [(work.job.job_id, work.window) for work in batch.forwards + batch.backwards],
+            [(work.job.job_id, work.window) for work in batch.forwards + batch.steps],
             [(update.job.job_id, update.start, update.end) for update in batch.updates],
         )
 

@@ -44,38 +44,35 @@ class Mark:
 
 @dataclass(slots=True)
 class LaneMarks:
-    """One lane's beginning, the end of its forward, and its end; seconds waited for the other lane until then."""
+    """One lane's beginning, the end of its forward, and its end; seconds that its steps waited for the other lane."""
 
     started: Mark
     forwarded: Mark
     ended: Mark
-    forward_waited_s: float = 0.0
-    backward_waited_s: float = 0.0
+    waited_s: float = 0.0
 
     def timing(self) -> LaneTiming:
-        return LaneTiming(
-            self.forwarded.ms_since(self.started) - self.forward_waited_s * 1000,
-            self.ended.ms_since(self.forwarded) - self.backward_waited_s * 1000,
-        )
+        steps_ms = self.ended.ms_since(self.forwarded) - self.waited_s * 1000
+        return LaneTiming(self.forwarded.ms_since(self.started), steps_ms)
 
 
 @dataclass(slots=True)
 class OverlapMarks:
-    """A forward's beginning and end, and those of the backward on the side stream."""
+    """A forward's beginning and end, and those of the steps on the side stream."""
 
     started: Mark
     forwarded: Mark
     begun: Mark
     ended: Mark
-    interference: Interference | None  # None: the backward has waited for the forward
+    interference: Interference | None  # None: the steps have waited for the forward
 
     def timing(self) -> LaneTiming:
         """As they would have taken alone."""
         begun_ms, forward_ms = (mark.ms_since(self.started) for mark in (self.begun, self.forwarded))
-        backward_ms = self.ended.ms_since(self.begun)
+        steps_ms = self.ended.ms_since(self.begun)
         if self.interference is None:
-            return LaneTiming(forward_ms, backward_ms)
-        found = Overlap.begun_at(begun_ms, forward_ms, backward_ms)
+            return LaneTiming(forward_ms, steps_ms)
+        found = Overlap.begun_at(begun_ms, forward_ms, steps_ms)
         return LaneTiming(*self.interference.alone_ms(found))
 
 
@@ -94,7 +91,7 @@ class InFlight:
 
     batch: Batch
     started: Mark
-    num_steps: int = 0  # of the backward, that there was time for
+    num_steps: int = 0  # that there was time for
     failures: list[tuple[str, Exception]] = field(default_factory=list)  # of the launch
     drawn: Drawn | None = None
     readers: list[Callable[[], None]] = field(default_factory=list)  # of what belongs to sequences

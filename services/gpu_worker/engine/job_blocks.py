@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from services.gpu_worker.engine.batch import Batch, Parked
 from services.gpu_worker.engine.block_manager import BlockManager
-from services.gpu_worker.finetune.job import FinetuneJob, Phase
+from services.gpu_worker.finetune.job import FinetuneJob
 
 
 class JobBlocks:
@@ -46,9 +46,7 @@ class JobBlocks:
             return False
         victim = max(holders, key=lambda job: (job.can_park or not job.reads_cache, job.served_tokens))
         if victim.reads_cache and victim.can_park:
-            in_forward = victim.phase is Phase.FORWARD
-            num_tokens = victim.position if in_forward else victim.sequence.num_tokens
-            held = victim.blocks[: self._blocks.blocks_for(num_tokens)]
+            held = victim.blocks[: self._blocks.blocks_for(victim.num_cached_tokens)]
             batch.parked.append(Parked(victim, held))
             victim.parked = True
             self.free(victim)

@@ -10,7 +10,7 @@ from services.gpu_worker.finetune.checkpoint import load_checkpoint, save_checkp
 from services.gpu_worker.finetune.dataset import Dataset
 from services.gpu_worker.finetune.job import FinetuneJob, JobConfig
 from services.gpu_worker.finetune.trainer import Trainer, examples_of
-from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens
+from services.gpu_worker.model.peft import LoraConfig, Method, num_virtual_tokens, trains_head
 from services.gpu_worker.model.peft_files import write_peft
 
 
@@ -51,6 +51,7 @@ class Jobs:
             admission.grain,
             weight,
             trains_layers=plan.policies.compiled.trains_layers,
+            trains_head=trains_head(method),
             can_park=plan.can_park,
             tenant=tenant,
         )

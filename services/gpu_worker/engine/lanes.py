@@ -1,7 +1,7 @@
 """Two threads that compute an iteration's parts at once, each with half of a CPU's cores.
 
-A decode reads all weights for a few rows, which one core does nearly as fast as two, and the many small products of a
-backward spread badly over cores. So a lane that serves and a lane that trains, or two that train, can get more done
+A decode reads all weights for a few rows, which one core does nearly as fast as two, and the many small products of
+training spread badly over cores. So a lane that serves and a lane that trains, or two that train, can get more done
 than all cores on one after the other.
 """
 
@@ -20,21 +20,14 @@ NUM_LANES = 2
 
 
 class Progress:
-    """How far each lane is in its forward, and how many steps of its backward are done."""
+    """How many steps each lane has done."""
 
     def __init__(self) -> None:
         self._changed = Condition()
-        self._layers = [0.0] * NUM_LANES
         self._steps = [0.0] * NUM_LANES
         self._last_begun = -1  # step of either lane, by its place in the batch
         self._is_stopped = False
         self.waited_s = [0.0] * NUM_LANES  # by each lane for the other
-
-    def pass_layers(self, lane: int, count: float) -> None:
-        """The lane's forward has gone through `count` layers; infinity once its losses are there, too."""
-        with self._changed:
-            self._layers[lane] = count
-            self._changed.notify()
 
     def begin_step(self, index: int, is_late: bool) -> bool:
         """Whether a step may begin. Once a late one may not, none behind it may, but all before those that have begun:
@@ -55,41 +48,19 @@ class Progress:
             self._steps[lane] += 1
             self._changed.notify()
 
-    def wait_for_layers(self, lane: int, count: float) -> None:
-        """Until the other lane's forward has gone through `count` layers."""
-        self._wait(lane, lambda: self._layers[1 - lane] >= count)
-
     def wait_for_steps(self, lane: int, count: int) -> None:
         """Until the other lane has done `count` steps."""
-        self._wait(lane, lambda: self._steps[1 - lane] >= count)
+        with self._changed:
+            if self._steps[1 - lane] < count:
+                started = time.perf_counter()
+                self._changed.wait_for(lambda: self._steps[1 - lane] >= count)
+                self.waited_s[lane] += time.perf_counter() - started
 
     def close(self) -> None:
         """Nobody waits any more: a lane has failed."""
         with self._changed:
-            self._layers, self._steps = [math.inf] * NUM_LANES, [math.inf] * NUM_LANES
+            self._steps = [math.inf] * NUM_LANES
             self._changed.notify()
-
-    def _wait(self, lane: int, is_done: Callable[[], bool]) -> None:
-        with self._changed:
-            if not is_done():
-                started = time.perf_counter()
-                self._changed.wait_for(is_done)
-                self.waited_s[lane] += time.perf_counter() - started
-
-
-class Gate:
-    """Lets one lane's forward follow the other's layer by layer: its rows read keys that the other's write."""
-
-    def __init__(self, progress: Progress, lane: int, follows: bool) -> None:
-        self._progress, self._lane, self._follows = progress, lane, follows
-
-    def enter(self, layer: int) -> None:
-        if self._follows:
-            self._progress.wait_for_layers(self._lane, layer + 1)
-
-    def leave(self, layer: int) -> None:
-        if not self._follows:
-            self._progress.pass_layers(self._lane, layer + 1)
 
 
 class Lanes:

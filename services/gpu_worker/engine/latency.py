@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from itertools import pairwise
 
 from services.gpu_worker.engine.correction import Accuracy, Correction, Errors
@@ -17,10 +18,19 @@ from services.gpu_worker.engine.correction import Accuracy, Correction, Errors
 WINDOW_CAUTION = 0.4  # 1: the whole margin, 0: none
 
 
+class StepKind(Enum):
+    """What a step computes: one window of a training sequence through one layer, or its loss. The rarest first."""
+
+    FIRST_BACKWARD = "first_backward"  # no layer above has gone through the window
+    LOSS = "loss"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
 @dataclass(slots=True)
 class Work:
-    """What one fused forward, or the backward of one window through one layer, has to compute; never changed. (Not
-    frozen: the scheduler makes dozens in a decision, and a frozen one takes three times as long to make.)
+    """What one fused forward, or one step, has to compute; never changed. (Not frozen: the scheduler makes dozens in a
+    decision, and a frozen one takes three times as long to make.)
 
     The last three fields follow from the others where they are left out: decodes with equally many keys, one
     window, and one of a job where there are training tokens.
@@ -34,7 +44,7 @@ class Work:
     longest: int = 0  # keys of the decode that reads most: all others are padded to it
     windows: int = 0  # of prompts and of training
     training_windows: int = 0
-    is_first: bool = False  # of a backward: no layer above has gone through this window
+    kind: StepKind | None = None  # of a step
 
     def __post_init__(self) -> None:
         if self.decodes and not self.longest:
@@ -100,11 +110,14 @@ class LatencyModel:
 
     forward: Curve  # over rows: one window without keys before it, and decodes beside it
     training: Curve  # over training rows, on top: their bypasses, what they keep, their loss
+    layer: Curve  # over a window's rows, forward through one layer
+    loss: Curve  # over a window's rows
     backward: Curve  # over a window's rows, through one layer
     optimizer_ms: float = 1.0
     keys: Curve = field(default_factory=nothing)  # over decodes times the longest one's keys, on top
     pairs: Curve = field(default_factory=nothing)  # over windows' pairs, on top; through all layers
-    backward_pairs: Curve = field(default_factory=nothing)  # through one
+    layer_pairs: Curve = field(default_factory=nothing)  # through one
+    backward_pairs: Curve = field(default_factory=nothing)  # the same of a backward
     decodes: Curve | None = None  # over decodes alone; as `forward` where there is none
     beside: Curve = field(default_factory=nothing)  # over decodes, on top where there are windows too
     window_ms: float = 0.0  # on top for each window after the first
@@ -112,18 +125,18 @@ class LatencyModel:
     _accuracy: Accuracy = field(default_factory=Accuracy)
     _decodes: Correction = field(default_factory=Correction)
     _windows: Correction = field(default_factory=Correction)
-    _backward: Correction = field(default_factory=Correction)
-    _first_backward: Correction = field(default_factory=Correction)
+    _steps: dict[StepKind, Correction] = field(
+        default_factory=lambda: {kind: Correction() for kind in StepKind}
+    )
 
     def forward_ms(self, work: Work) -> float:
         """One fused forward."""
         return self.table_forward_ms(work) * self.forward_correction(work).factor
 
-    def backward_ms(self, work: Work) -> float:
-        """One window backward through one layer. The first layer prepares what the others find ready: masks, and what
-        libraries make for sizes that they have not seen."""
-        correction = self._first_backward if work.is_first else self._backward
-        return self.table_backward_ms(work) * correction.factor
+    def step_ms(self, work: Work) -> float:
+        """One step. A backward's first layer prepares what the others find ready: masks, and what libraries make for
+        sizes that they have not seen."""
+        return self.table_step_ms(work) * self.step_correction(work).factor
 
     def expected_forward_ms(self, work: Work) -> float:
         """With a part of the margin: for training windows, whose iterations may now and then take longer than they
@@ -132,14 +145,12 @@ class LatencyModel:
         margin: float = correction.margin**WINDOW_CAUTION
         return self.table_forward_ms(work) * correction.level * margin
 
-    def expected_backward_ms(self, work: Work) -> float:
+    def expected_step_ms(self, work: Work) -> float:
         """Without the margin: for what can be left out where it takes longer."""
-        correction = self._first_backward if work.is_first else self._backward
-        return self.table_backward_ms(work) * correction.level
+        return self.table_step_ms(work) * self.step_correction(work).level
 
-    @property
-    def backward_correction(self) -> Correction:
-        return self._backward
+    def step_correction(self, work: Work) -> Correction:
+        return self._steps[work.kind or StepKind.BACKWARD]
 
     def forward_correction(self, work: Work) -> Correction:
         return self._windows if work.window_tokens else self._decodes
@@ -156,38 +167,39 @@ class LatencyModel:
             further_ms += self.training_window_ms * (work.training_windows - 1)
         return max(decodes_ms, rows_ms) + context_ms + self.training(work.loss_tokens) + further_ms
 
-    def table_backward_ms(self, work: Work) -> float:
+    def table_step_ms(self, work: Work) -> float:
+        if work.kind is StepKind.LOSS:
+            return self.loss(work.window_tokens)
+        if work.kind is StepKind.FORWARD:
+            return self.layer(work.window_tokens) + self.layer_pairs(work.pairs)
         return self.backward(work.window_tokens) + self.backward_pairs(work.pairs)
 
     # --- while serving
 
-    def observe(
-        self,
-        forward: Work,
-        forward_ms: float,
-        backwards: list[Work],
-        backward_ms: float,
-    ) -> None:
-        """Learns from one iteration's windows, or one lane's."""
-        fused_ms = self.table_forward_ms(forward)
-        usual_ms = sum(self.table_backward_ms(work) for work in backwards if not work.is_first)
-        first_ms = sum(self.table_backward_ms(work) for work in backwards if work.is_first)
-        correction = self.forward_correction(forward)
+    def observe(self, forward: Work, forward_ms: float, steps: list[Work], steps_ms: float) -> None:
+        """Learns from one iteration's windows, or one lane's. Of the kinds of steps that a good part of the time went
+        to the rarest learns from it, less what the others should have taken."""
+        fused_ms, correction = self.table_forward_ms(forward), self.forward_correction(forward)
+        table_ms = dict.fromkeys(StepKind, 0.0)
+        for work in steps:
+            table_ms[work.kind or StepKind.BACKWARD] += self.table_step_ms(work)
+        expected_ms = {kind: ms * self._steps[kind].level for kind, ms in table_ms.items()}
+        planned_ms = sum(ms * self._steps[kind].factor for kind, ms in table_ms.items())
+        all_ms = sum(expected_ms.values())
         self._accuracy.add(
-            fused_ms * correction.level
-            + usual_ms * self._backward.level
-            + first_ms * self._first_backward.level,
-            fused_ms * correction.factor
-            + usual_ms * self._backward.factor
-            + first_ms * self._first_backward.factor,
-            forward_ms + backward_ms,
+            fused_ms * correction.level + all_ms,
+            fused_ms * correction.factor + planned_ms,
+            forward_ms + steps_ms,
         )
         for other in (self._decodes, self._windows):
             other.observe(fused_ms if other is correction else 0.0, forward_ms)
-        if first_ms:
-            self._first_backward.observe(first_ms, backward_ms - usual_ms * self._backward.level)
-        else:
-            self._backward.observe(usual_ms, backward_ms)
+        if not all_ms:
+            for step in self._steps.values():
+                step.observe(0.0, 0.0)
+            return
+        learner = next(kind for kind in StepKind if expected_ms[kind] >= all_ms / len(StepKind))
+        others_ms = all_ms - expected_ms[learner]
+        self._steps[learner].observe(table_ms[learner], steps_ms - others_ms)
 
     def observe_update(self, optimizer_ms: float) -> None:
         """Learns from what an optimizer step has taken, or would have: part of the way to that, and no further than
@@ -205,8 +217,7 @@ class LatencyModel:
             "iteration": self._accuracy.errors(),
             "decodes": self._decodes.accuracy.errors(),
             "windows": self._windows.accuracy.errors(),
-            "backward": self._backward.accuracy.errors(),
-            "first_backward": self._first_backward.accuracy.errors(),
+            **{f"{kind.value}_steps": step.accuracy.errors() for kind, step in self._steps.items()},
         }
 
 

@@ -1,8 +1,7 @@
-"""Computes a batch: one fused forward over everybody's tokens, sampling, then backward windows and updates."""
+"""Computes a batch: one fused forward over everybody's tokens, sampling, then steps of training, then updates."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +13,13 @@ from services.gpu_worker.compiler.programs import ForwardPrograms
 from services.gpu_worker.engine.batch import Batch, JobWindow, Update
 from services.gpu_worker.engine.decode_graphs import Decoded, DecodeGraphs
 from services.gpu_worker.engine.in_flight import InFlight, LaneMarks, Mark, OverlapMarks, RunResult
-from services.gpu_worker.engine.lanes import Gate, Lanes, Progress
+from services.gpu_worker.engine.lanes import Lanes, Progress
 from services.gpu_worker.engine.prompt_logprobs import prompt_logprobs
 from services.gpu_worker.engine.rows import Rows, lay_out
 from services.gpu_worker.engine.sampler import Drawn, draw, have_penalties, sampling_rows
 from services.gpu_worker.engine.side_stream import SideStream
 from services.gpu_worker.engine.stream_inputs import StreamInputs
+from services.gpu_worker.finetune.job import FinetuneJob, Phase
 from services.gpu_worker.finetune.trainer import Trainer
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.transfer import to_device
@@ -41,7 +41,7 @@ class ModelRunner:
         self.cache = cache
         self.adapters = adapters
         self.lanes = lanes
-        self.side: SideStream | None = None  # of the backward
+        self.side: SideStream | None = None  # of steps
         self.trainers: dict[str, Trainer] = {}
         self._drawn: Drawn | None = None  # by the last batch that drew tokens
         kernels = model.weights.kernels  # a CPU draws row by row, and sorts few of them
@@ -76,16 +76,16 @@ class ModelRunner:
             self._guarded(parked.job.job_id, flight, park)
         for job in batch.brought_back:
             self._guarded(job.job_id, flight, self.trainers[job.job_id].bring_back)
-        forwards = self._begin(batch.forwards, flight)
-        if self.side is not None and batch.backwards:
+        forwards = self._begin(batch, flight)
+        if self.side is not None and batch.steps:
             self._run_streams(self.side, batch, forwards, flight)
         else:
             self._run_lanes(batch, forwards, flight)
-        for work in forwards:
-            if work.ends_evaluation:
-                self._guarded(work.job.job_id, flight, partial(self._report_evaluation, work, flight))
         flight.windows_ended = Mark(self.device)
-        unfinished = {id(step.job) for step in batch.backwards[flight.num_steps :]}
+        unfinished = {id(step.job) for step in batch.steps[flight.num_steps :]}
+        for job in batch.reports:
+            if id(job) not in unfinished:
+                self._guarded(job.job_id, flight, partial(self._report, job, flight))
         for update in batch.updates:
             if id(update.job) not in unfinished:
                 self._guarded(update.job.job_id, flight, partial(self._update, update, flight))
@@ -95,21 +95,20 @@ class ModelRunner:
     def _run_streams(
         self, side: SideStream, batch: Batch, forwards: list[JobWindow], flight: InFlight
     ) -> None:
-        """The forward, and the backward on the side stream: beside it or, where it may not be, behind it."""
+        """The forward, and the steps on the side stream: beside it or, where they may not be, behind it."""
         side.follow()
         started = Mark(self.device)
-        self._forward(0, batch, forwards, Progress(), flight)
+        self._forward(batch, forwards, flight)
         forwarded = Mark(self.device)
         if batch.interference is None:
             side.follow()
         with side.beside():
             begun = Mark(self.device)
-            for step in batch.backwards:
-                work = partial(self._trainer(step).backward, step.window)
-                self._guarded(step.job.job_id, flight, work)
+            for step in batch.steps:
+                self._guarded(step.job.job_id, flight, partial(self.step, step))
             ended = Mark(self.device)
         side.join()
-        flight.num_steps = len(batch.backwards)
+        flight.num_steps = len(batch.steps)
         flight.lanes = [OverlapMarks(started, forwarded, begun, ended, batch.interference)]
 
     # --- lanes
@@ -131,24 +130,30 @@ class ModelRunner:
     def _run_lane(
         self, lane: int, batch: Batch, forwards: list[JobWindow], progress: Progress, flight: InFlight
     ) -> LaneMarks:
-        """The lane's forward, then its steps of the backward."""
+        """The forward in lane 0, then the lane's steps."""
         started, started_s = Mark(self.device), time.perf_counter()
-        self._forward(lane, batch, forwards, progress, flight)
-        progress.pass_layers(lane, math.inf)
-        forwarded, waited_s = Mark(self.device), progress.waited_s[lane]
-        beside = {work.job.job_id for work in forwards if work.lane != lane}
+        if lane == 0:
+            self._forward(batch, forwards, flight)
+        forwarded = Mark(self.device)
         until_s = started_s + batch.steps_until_ms / 1000
-        for index, step, num_others in batch.backward_steps(lane):
+        for index, step, num_others in batch.steps_of(lane):
             is_late = time.perf_counter() + step.expected_ms / 1000 > until_s
             if not progress.begin_step(index, is_late):
                 break
-            if step.job.job_id in beside:
-                progress.wait_for_layers(lane, math.inf)
             progress.wait_for_steps(lane, num_others)
-            self._guarded(step.job.job_id, flight, partial(self._trainer(step).backward, step.window))
+            self._guarded(step.job.job_id, flight, partial(self.step, step))
             progress.pass_step(lane)
-        later_s = progress.waited_s[lane] - waited_s
-        return LaneMarks(started, forwarded, Mark(self.device), waited_s, later_s)
+        return LaneMarks(started, forwarded, Mark(self.device), progress.waited_s[lane])
+
+    def step(self, step: JobWindow) -> None:
+        """One window through one layer, or its loss."""
+        trainer, window = self._trainer(step), step.window
+        if window.phase is Phase.BACKWARD:
+            trainer.backward(window)
+        elif window.layer == self.model.config.num_layers:
+            trainer.finish_forward(window)
+        else:
+            trainer.forward(window, self._inputs.context(lay_out(Batch(), [step])))
 
     def _guarded(self, job_id: str, flight: InFlight, work: Callable[[], None]) -> None:
         """On one of several ranks what fails is this rank's alone, perhaps: the others would wait for it."""
@@ -157,8 +162,8 @@ class ModelRunner:
         else:
             flight.guarded(job_id, work)
 
-    def _report_evaluation(self, work: JobWindow, flight: InFlight) -> None:
-        flight.reports.append((work.job.job_id, self._trainer(work).end_evaluation()))
+    def _report(self, job: FinetuneJob, flight: InFlight) -> None:
+        flight.reports.append((job.job_id, self.trainers[job.job_id].end_evaluation()))
 
     def _update(self, update: Update, flight: InFlight) -> None:
         job_id = update.job.job_id
@@ -171,26 +176,17 @@ class ModelRunner:
 
     # --- the fused forward
 
-    def _forward(
-        self, lane: int, batch: Batch, forwards: list[JobWindow], progress: Progress, flight: InFlight
-    ) -> None:
-        own = [work for work in forwards if work.lane == lane]
-        rows = lay_out(batch if lane == 0 else Batch(), own)
+    def _forward(self, batch: Batch, forwards: list[JobWindow], flight: InFlight) -> None:
+        rows = lay_out(batch, forwards)
         if not (rows.forwards or rows.chunks):
             return
-        beside = {work.job.job_id for work in forwards if work.lane != lane}
-        is_beside_itself = beside.intersection(work.job.job_id for work in own)
         decoded = self.decoded(rows)
-        gate = Gate(progress, lane, follows=lane == 0) if is_beside_itself else None
-        hidden = decoded.hidden if decoded else self.hidden(rows, gate)
+        hidden = decoded.hidden if decoded else self.hidden(rows)
         if rows.chunks:
             flight.drawn = self._sample(rows, hidden, decoded)
             self._drawn = flight.drawn or self._drawn
         for work, span in rows.forwards:
-            trainer = self._trainer(work)
-            if lane == 0 and trainer.trains_head and work.job.job_id in beside:
-                progress.wait_for_layers(lane, math.inf)
-            finish = partial(trainer.finish_forward, work.window, hidden[span])
+            finish = partial(self._trainer(work).finish_forward, work.window, hidden[span])
             self._guarded(work.job.job_id, flight, finish)
         for chunk, span in rows.chunks:
             if chunk.sequence.sampling.prompt_logprobs is not None:
@@ -206,11 +202,10 @@ class ModelRunner:
         tokens = self._inputs.tokens(rows, self._drawn)
         return self.decode_graphs.decode(rows.decodes, tokens, self._inputs.adapter_runs(rows), sampling)
 
-    def hidden(self, rows: Rows, gate: Gate | None = None) -> Tensor:
+    def hidden(self, rows: Rows) -> Tensor:
         """Hidden states [N, D] of the stream."""
-        context = self._inputs.context(rows)
-        context.gate = gate
-        return self.model.forward(self._inputs.tokens(rows, self._drawn), self.cache, context)
+        tokens = self._inputs.tokens(rows, self._drawn)
+        return self.model.forward(tokens, self.cache, self._inputs.context(rows))
 
     def _sample(self, rows: Rows, hidden: Tensor, decoded: Decoded | None) -> Drawn | None:
         done = [(chunk.sequence, span.stop - 1) for chunk, span in rows.chunks if chunk.samples]
@@ -225,11 +220,12 @@ class ModelRunner:
         logits = self.model.logits(hidden.index_select(0, last), runs)
         return draw(logits, sequences, self._drawn, self._sample_tokens)
 
-    def _begin(self, forwards: list[JobWindow], flight: InFlight) -> list[JobWindow]:
-        """Takes the training sequences that start here in hand; leaves out jobs that cannot."""
-        for work in forwards:
-            if work.window.start == 0:
+    def _begin(self, batch: Batch, flight: InFlight) -> list[JobWindow]:
+        """Takes the training sequences that start here in hand; returns the fused windows, without those of jobs that
+        cannot."""
+        for work in (*batch.forwards, *batch.steps):
+            if work.begins_sequence:
                 begin = partial(self._trainer(work).begin, work.sequence)
                 self._guarded(work.job.job_id, flight, begin)
         failed = {job_id for job_id, _ in flight.failures}
-        return [work for work in forwards if work.job.job_id not in failed]
+        return [work for work in batch.forwards if work.job.job_id not in failed]

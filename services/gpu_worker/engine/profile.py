@@ -20,12 +20,12 @@ from services.gpu_worker.engine.interference import (
     Overlap,
     choose,
 )
-from services.gpu_worker.engine.latency import LatencyModel
+from services.gpu_worker.engine.latency import LatencyModel, StepKind
 from services.gpu_worker.engine.model_runner import ModelRunner
 from services.gpu_worker.engine.profile_cache import ProfileCache
 from services.gpu_worker.engine.sequence import Sequence as Request
 from services.gpu_worker.finetune.dataset import Dataset
-from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Window
+from services.gpu_worker.finetune.job import FinetuneJob, JobConfig, Phase, Window
 from services.gpu_worker.finetune.policies import LayerPolicies
 from services.gpu_worker.finetune.trainer import Trainer, examples_of
 
@@ -97,13 +97,15 @@ class ModelMachine:
         self.forward(prompts=[(0, lengths[1])])  # what runs for the first time takes longer
 
     def warm_up(self, extent: Extent, grain: int) -> None:
-        """Goes backward in windows of each size, the smallest first: a CPU's library makes something for each product
-        of a size that it has not seen, which takes several times as long as the products of a small window."""
+        """Goes forward and backward in windows of each size, the smallest first: a CPU's library makes something for
+        each product of a size that it has not seen, which takes several times as long as the products of a small
+        window."""
         until_s = time.perf_counter() + WARM_UP_S
         for size in range(grain, extent.window + 1, grain):
             if torch.cuda.is_available() or time.perf_counter() > until_s:
                 return
-            self._trainers[0].backward(Window(0, size, self._last_layer))
+            for kind in (StepKind.FORWARD, StepKind.BACKWARD):
+                self._step(kind, 0, size)()
 
     def close(self) -> None:
         for trainer in self._trainers:
@@ -119,9 +121,27 @@ class ModelMachine:
     ) -> float:
         return self._fastest(lambda: self._run(decodes, context, prompts, windows))
 
+    def layer(self, start: int, end: int) -> float:
+        return self._fastest(self._step(StepKind.FORWARD, start, end))
+
+    def loss(self, num_tokens: int) -> float:
+        """Of rows of zeros: logits far apart have denormal exponentials, which take a CPU ten times as long."""
+        trainer, model = self._trainers[0], self._runner.model
+        weights = model.weights
+        hidden = torch.zeros(num_tokens, model.config.hidden_size, dtype=weights.dtype, device=weights.device)
+        return self._fastest(partial(trainer.finish_forward, Window(0, num_tokens), hidden))
+
     def backward(self, start: int, end: int) -> float:
-        window = Window(start, end, self._last_layer)
-        return self._fastest(partial(self._trainers[0].backward, window))
+        return self._fastest(self._step(StepKind.BACKWARD, start, end))
+
+    def _step(self, kind: StepKind, start: int, end: int) -> Callable[[], object]:
+        return partial(self._runner.step, self._job_step(kind, start, end))
+
+    def _job_step(self, kind: StepKind, start: int, end: int) -> JobWindow:
+        """Through the last layer."""
+        job = self._trainers[0].job
+        phase = Phase.BACKWARD if kind is StepKind.BACKWARD else Phase.FORWARD
+        return JobWindow(job, job.sequence, Window(start, end, self._last_layer, phase))
 
     def optimizer(self) -> float:
         return self._fastest(partial(self._trainers[0].parameters.step, 0.0))
@@ -130,13 +150,12 @@ class ModelMachine:
         """Decodes, and steps of the backward that take about as long: alone, then at once."""
         context = max(SHORT, min(extent.context, extent.keys // extent.decodes) // 2)
         decodes = [self._request(i, context, context - 1) for i in range(extent.decodes)]
-        job = self._trainers[0].job
-        step = JobWindow(job, job.sequence, Window(0, min(LARGE, extent.window), self._last_layer))
+        step = self._job_step(StepKind.BACKWARD, 0, min(LARGE, extent.window))
         forward_ms = self._overlap(Batch(decodes=decodes)).forward_ms
-        count = round(forward_ms / self._overlap(Batch(backwards=[step])).backward_ms)
+        count = round(forward_ms / self._overlap(Batch(steps=[step])).backward_ms)
         steps = [step] * min(MOST_STEPS, max(1, count))
-        alone = Overlap(forward_ms, self._overlap(Batch(backwards=steps)).backward_ms)
-        both = Batch(decodes=decodes, backwards=steps, interference=ONE_AFTER_THE_OTHER)
+        alone = Overlap(forward_ms, self._overlap(Batch(steps=steps)).backward_ms)
+        both = Batch(decodes=decodes, steps=steps, interference=ONE_AFTER_THE_OTHER)
         return alone, self._overlap(both)
 
     def _overlap(self, batch: Batch) -> Overlap:
@@ -152,8 +171,8 @@ class ModelMachine:
         for _, error in result.failures:
             raise error
         (lane,) = result.timing.lanes
-        both_ms = lane.forward_ms + lane.backward_ms - result.timing.total_ms
-        return Overlap(lane.forward_ms, lane.backward_ms, max(0.0, both_ms))
+        both_ms = lane.forward_ms + lane.steps_ms - result.timing.total_ms
+        return Overlap(lane.forward_ms, lane.steps_ms, max(0.0, both_ms))
 
     def _run(self, decodes: int, context: int, prompts: Sequence[Span], windows: Sequence[Span]) -> None:
         batch = Batch(decodes=[self._request(i, context, context - 1) for i in range(decodes)])

@@ -7,6 +7,7 @@ sequence's next token is due. Decides without tensors. Source: FlexLLM (arXiv 24
 
 from __future__ import annotations
 
+import math
 from itertools import chain, islice
 
 from services.gpu_worker.engine.batch import Batch, Progress, Sampled, chunk_work, decode_work
@@ -21,9 +22,11 @@ from services.gpu_worker.engine.prompt_load import PromptLoad
 from services.gpu_worker.engine.scheduler_config import SchedulerConfig
 from services.gpu_worker.engine.sequence import Sequence
 from services.gpu_worker.engine.sharing import Turn, make_sharing
-from services.gpu_worker.finetune.job import FinetuneJob, Phase
+from services.gpu_worker.finetune.job import FinetuneJob
 
 BACKLOG = 16  # prompts that finetuning leaves time for
+CALM = 0.5  # share of time that prompts take, up to which one lane may do for them
+ROOM = 4.0  # times as long as they take there, for decodes come in between and others may follow
 
 
 class Scheduler:
@@ -99,7 +102,7 @@ class Scheduler:
         turn = self._sharing.turn(has_requests, bool(self.jobs), limits.is_late)
         batch = Batch(limit_ms=limits.all_ms)
         trains = self.jobs and turn is not Turn.INFERENCE and self.finetuning.pressure < Pressure.PAUSED
-        uses_lanes = trains and self._have_lanes_time(turn, decodes, limits)
+        uses_lanes = trains and self._have_lanes_time(turn, decodes, limits, now_s)
         self._current = self.lane_latency if uses_lanes and self.lane_latency else self.latency
         if turn is not Turn.FINETUNING:
             self.inference.fill(batch, decodes, limits, self._current, now_s)
@@ -113,15 +116,18 @@ class Scheduler:
             batch.lanes_ms = [self.latency.forward_ms(batch.inference_work)]
         return batch
 
-    def _have_lanes_time(self, turn: Turn, decodes: list[Sequence], limits: Limits) -> bool:
-        """Whether requests can do with one of two lanes: decodes, while no prompt waits, for prompts put off in a quiet
-        moment would be too many in a burst. Beside requests a forward is better fused with theirs, for small windows
-        are slow on their own; a backward has many small products, which spread badly over cores."""
+    def _have_lanes_time(self, turn: Turn, decodes: list[Sequence], limits: Limits, now_s: float) -> bool:
+        """Whether requests can do with one of two lanes: the decodes in their limit, and the prompts that wait in a
+        part of the time that they have, while they are not many: put off for long they would be too many in a burst."""
         if self.lane_latency is None or turn is Turn.FINETUNING or not self.inference.has_requests:
             return self.lane_latency is not None
-        if self.inference.has_backlog or self.finetuning.first_in_turn.phase is Phase.FORWARD:
+        if self.lane_latency.forward_ms(decode_work(decodes)) > limits.all_ms:
             return False
-        return self.lane_latency.forward_ms(decode_work(decodes)) <= limits.all_ms
+        if not self.inference.has_backlog:
+            return True
+        if self._prompt_load.share(now_s) > CALM:
+            return False
+        return self._prompts_slack_ms(self.lane_latency, Batch(), now_s, ROOM) > 0
 
     def _fill(self, batch: Batch, turn: Turn, has_requests: bool, now_s: float) -> None:
         update_ms = self.latency.optimizer_ms
@@ -130,16 +136,20 @@ class Scheduler:
         else:
             batch.limit_ms *= 1 - self._prompt_load.share(now_s)
             batch.limit_ms = min(batch.limit_ms, self._backlog_limit_ms(batch, now_s))
+            if batch.num_lanes > 1:  # as long as requests compute, nobody waits for the other lane
+                batch.limit_ms = max(batch.limit_ms, batch.lanes_ms[0])
             self.finetuning.fill(batch, self._current, update_ms, forced=not has_requests)
 
     def give_back(self, batch: Batch, num_steps: int) -> None:
-        """Of the batch's backward only the first `num_steps` steps are computed; call it before `advance`."""
-        if num_steps < len(batch.backwards):
+        """Of the batch's steps only the first `num_steps` are computed; call it before `advance`."""
+        if num_steps < len(batch.steps):
             self.finetuning.give_back(batch, num_steps)
 
     def advance(self, batch: Batch, ends_s: float) -> None:
         """Counts what is being computed; the tokens that are drawn, at `ends_s`, have their places from now on."""
         self.inference.advance(batch, ends_s)
+        for job in batch.reports:
+            job.complete_report()
         for update in batch.updates:
             if update.job.complete_update(update.end):
                 self._job_blocks.free(update.job)  # so that jobs take turns where memory holds one of them
@@ -158,16 +168,24 @@ class Scheduler:
     def _backlog_limit_ms(self, batch: Batch, now_s: float) -> float:
         """When finetuning has to stop so that those who wait for a first token, one after the other, get it in
         time."""
+        slack_ms = self._prompts_slack_ms(self._current, batch, now_s)
+        return self.config.margin * max(0.0, min(self.config.idle_ms, slack_ms))
+
+    def _prompts_slack_ms(
+        self, latency: LatencyModel, batch: Batch, now_s: float, times: float = 1.0
+    ) -> float:
+        """How long those who wait for a first token could go on waiting, if the batch computes what it has of their
+        prompts, and the rest takes so many times as long as it would alone."""
         scheduled = {id(chunk.sequence): chunk.num_tokens for chunk in batch.prompts}
-        limit_ms, backlog_ms = self.config.idle_ms, 0.0
+        slack_ms, backlog_ms = math.inf, 0.0
         for sequence in islice(chain(self.inference.prompts(), self.inference.waiting), BACKLOG):
             done = sequence.num_computed_tokens + scheduled.get(id(sequence), 0)
-            backlog_ms += self._prompt_ms(done, sequence.num_tokens)
-            limit_ms = min(limit_ms, (sequence.deadline_s - now_s) * 1000 - backlog_ms)
-        return self.config.margin * max(0.0, limit_ms)
+            backlog_ms += times * self._prompt_ms(latency, done, sequence.num_tokens)
+            slack_ms = min(slack_ms, (sequence.deadline_s - now_s) * 1000 - backlog_ms)
+        return slack_ms
 
-    def _prompt_ms(self, start: int, end: int) -> float:
+    def _prompt_ms(self, latency: LatencyModel, start: int, end: int) -> float:
         """How long the tokens [start, end) of a sequence take in pieces as large as an iteration takes them."""
         piece = self.config.max_num_batched_tokens
         starts = range(start, end, piece)
-        return sum(self._current.forward_ms(chunk_work(a, min(piece, end - a))) for a in starts)
+        return sum(latency.forward_ms(chunk_work(a, min(piece, end - a))) for a in starts)

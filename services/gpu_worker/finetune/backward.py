@@ -25,7 +25,7 @@ from services.gpu_worker.model.parallel import ALONE, Group
 @dataclass(slots=True)
 class GradientState:
     """Gradients in flight of a training sequence of up to T tokens, `depth` neighbouring layers of which may be
-    under way at a time."""
+    under way at a time. In a forward layer by layer the residual stream itself is where its gradient will be."""
 
     dx: Tensor  # [T, D]: of the layer's output, overwritten by that of its input
     dk: Tensor  # [depth, G, T, E] of the rotated keys, summed over the windows done, float32

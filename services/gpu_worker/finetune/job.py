@@ -1,8 +1,8 @@
 """A finetuning job as a plan of work: which window of which training sequence comes next. No tensors.
 
-An optimizer step is a list of training sequences (examples packed end to end). Each goes forward window by
-window through all layers, then backward layer by layer, last window first; after the last one the optimizer
-moves. Evaluations are forward windows only. The adapter is frozen from a step's first window to its last.
+An optimizer step is a list of training sequences (examples packed end to end). Each goes forward, in windows through
+all layers or, all that is left of it, layer by layer; then backward layer by layer, last window first; after the last
+one the optimizer moves. Evaluations only go forward. The adapter is frozen from a step's first window to its last.
 """
 
 from __future__ import annotations
@@ -36,30 +36,36 @@ class JobConfig:
     max_steps: int = 0  # 0: no limit beside the epochs
 
 
+class Phase(Enum):
+    FORWARD = auto()
+    BACKWARD = auto()
+    OPTIMIZER = auto()
+    REPORT = auto()  # an evaluation is over
+    DONE = auto()
+
+
 @dataclass(slots=True)
 class Window:
-    """Tokens [start, end) of the training sequence in flight: forward through all layers (`layer` None) or
-    backward through one."""
+    """Tokens [start, end) of the training sequence in flight: forward through all layers (`layer` None), or through
+    one of them in either direction.
+
+    Behind the last layer a forward has one more, the loss. `base` is where the windows of a layer's forward begin.
+    """
 
     start: int
     end: int
     layer: int | None = None
+    phase: Phase = Phase.FORWARD
+    base: int = 0
 
     @property
     def num_tokens(self) -> int:
         return self.end - self.start
 
 
-class Phase(Enum):
-    FORWARD = auto()
-    BACKWARD = auto()
-    OPTIMIZER = auto()
-    DONE = auto()
-
-
 @dataclass(slots=True)
 class FinetuneJob:
-    """Progress of one job. `take` by asking for the next window, `complete` it when it has been computed."""
+    """Progress of one job: ask for the next window, and `complete` it when it has been computed."""
 
     job_id: str
     config: JobConfig
@@ -70,10 +76,12 @@ class FinetuneJob:
     grain: int = 1  # of which sequences are multiples, where they have room for filler
     weight: float = 1.0
     trains_layers: bool = True  # else the loss alone has gradients, and nothing goes backward
+    trains_head: bool = False  # losses sum into the same gradients
     step: int = 0  # optimizer steps done
     phase: Phase = Phase.FORWARD
     position: int = 0  # forward: next token; backward: end of the next window
-    layer: int = 0  # of the backward
+    base: int = 0  # forward: tokens that have gone through all layers
+    layer: int = 0  # that comes next; in a forward `num_layers` for the loss
     num_update_parts: int = 1  # into which an optimizer step can be cut
     updated_parts: int = 0  # of the step in hand
     sequence_index: int = 0
@@ -116,13 +124,20 @@ class FinetuneJob:
         return self.sequences[self.sequence_index]
 
     @property
-    def evaluating(self) -> bool:
-        return self.phase is Phase.FORWARD and self.sequence.evaluation
-
-    @property
     def reads_cache(self) -> bool:
         """Whether the next window reads keys and values of windows before it."""
-        return self.phase is Phase.BACKWARD or (self.phase is Phase.FORWARD and self.position > 0)
+        return self.phase is Phase.BACKWARD or (self.phase is Phase.FORWARD and self.num_cached_tokens > 0)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the sequence in flight, with keys and values of some layer at least."""
+        in_first_layer = self.phase is Phase.FORWARD and self.layer == 0
+        return self.position if in_first_layer else self.sequence.num_tokens
+
+    @property
+    def can_pass_all_layers(self) -> bool:
+        """Whether the next window may: none before it is on its way."""
+        return self.phase is Phase.FORWARD and self.layer == 0 and self.position == self.base
 
     def step_examples(self, step: int) -> list[int]:
         """Indices of the examples of an optimizer step; a pure function of (seed, step)."""
@@ -143,18 +158,20 @@ class FinetuneJob:
 
     def _plan(self) -> None:
         """Sets up the evaluation or the optimizer step that comes next."""
-        self.sequence_index, self.position = 0, 0
+        self.sequence_index = 0
+        self._begin_sequence()
         if self._evaluation_due():
             assert self.validation is not None
             indices = list(range(len(self.validation)))
             self.sequences = self._pack(indices, self.validation, evaluation=True)
-            self.phase = Phase.FORWARD
         elif self.step >= self.total_steps:
             self.sequences, self.phase = [], Phase.DONE
         else:
             chosen = self.step_examples(self.step)
             self.sequences = self._pack(chosen, self.training)
-            self.phase = Phase.FORWARD
+
+    def _begin_sequence(self) -> None:
+        self.phase, self.position, self.base, self.layer = Phase.FORWARD, 0, 0, 0
 
     def _pack(
         self, indices: list[int], examples: Examples, evaluation: bool = False
@@ -169,41 +186,48 @@ class FinetuneJob:
 
     # --- windows
 
-    @property
-    def remaining_forward(self) -> int:
-        return self.sequence.num_tokens - self.position if self.phase is Phase.FORWARD else 0
-
-    def next_forward(self, max_tokens: int) -> Window:
-        assert self.phase is Phase.FORWARD
+    def next_window(self, max_tokens: int) -> Window:
+        """Through all layers."""
+        assert self.can_pass_all_layers
         return Window(self.position, min(self.position + max_tokens, self.sequence.num_tokens))
 
-    def next_backward(self, max_tokens: int) -> Window:
+    def next_step(self, max_tokens: int) -> Window:
+        """Through one layer."""
+        if self.phase is Phase.FORWARD:
+            end = min(self.position + max_tokens, self.sequence.num_tokens)
+            return Window(self.position, end, self.layer, self.phase, self.base)
         assert self.phase is Phase.BACKWARD
-        return Window(max(0, self.position - max_tokens), self.position, self.layer)
+        return Window(max(0, self.position - max_tokens), self.position, self.layer, self.phase)
 
     def complete(self, window: Window) -> None:
-        """Moves past a window that `next_forward` or `next_backward` gave."""
-        depth = self.num_layers if window.layer is None else 1
-        num_tokens = self.sequence.examples_in(window.start, window.end)
-        self.served_tokens += num_tokens * depth / self.weight
-        if window.layer is None:
-            self._complete_forward(window)
-        else:
+        """Moves past a window that `next_window` or `next_step` gave."""
+        self.served_tokens += self._served(self.sequence, window)
+        if window.phase is Phase.BACKWARD:
             self._complete_backward(window)
+        else:
+            self._complete_forward(window)
 
     def take_back(self, sequence: TrainingSequence, window: Window) -> None:
-        """Stands before a step of the backward again, which has been completed but not computed; of several the last
-        one first."""
+        """Stands before a step again that has been completed but not computed; of several the last one first."""
         assert window.layer is not None
-        self.served_tokens -= sequence.examples_in(window.start, window.end) / self.weight
+        self.served_tokens -= self._served(sequence, window)
         self.sequence_index = next(i for i, own in enumerate(self.sequences) if own is sequence)
-        self.phase, self.layer, self.position = Phase.BACKWARD, window.layer, window.end
+        self.phase, self.layer, self.base = window.phase, window.layer, window.base
+        self.position = window.start if window.phase is Phase.FORWARD else window.end
+
+    def _served(self, sequence: TrainingSequence, window: Window) -> float:
+        depth = self.num_layers if window.layer is None else int(window.layer < self.num_layers)
+        return sequence.examples_in(window.start, window.end) * depth / self.weight
 
     def _complete_forward(self, window: Window) -> None:
         self.position = window.end
+        if window.layer is None:
+            self.base = window.end
         if self.position < self.sequence.num_tokens:
             return
-        if self.sequence.evaluation or not self.trains_layers:
+        if window.layer is not None and window.layer < self.num_layers:
+            self.layer, self.position = window.layer + 1, self.base
+        elif self.sequence.evaluation or not self.trains_layers:
             self._next_sequence()
         else:
             self.phase, self.layer = Phase.BACKWARD, self.num_layers - 1
@@ -219,14 +243,16 @@ class FinetuneJob:
 
     def _next_sequence(self) -> None:
         evaluation = self.sequence.evaluation
-        self.sequence_index, self.position = self.sequence_index + 1, 0
-        if self.sequence_index < len(self.sequences):
-            self.phase = Phase.FORWARD
-        elif evaluation:
-            self.evaluated_step = self.step
-            self._plan()
-        else:
-            self.phase = Phase.OPTIMIZER
+        self.sequence_index += 1
+        self._begin_sequence()
+        if self.sequence_index == len(self.sequences):
+            self.phase = Phase.REPORT if evaluation else Phase.OPTIMIZER
+
+    def complete_report(self) -> None:
+        """Somebody reads what the evaluation has found."""
+        assert self.phase is Phase.REPORT
+        self.evaluated_step = self.step
+        self._plan()
 
     def complete_update(self, end: int) -> bool:
         """The optimizer has moved the parts before `end`; whether that was the step's end."""

@@ -59,13 +59,13 @@ def window_loss(
 
     `hidden` [n, D] as `Transformer.forward` returns it, of which `rows` int64 [m] have a label each, `labels` int64
     [m]; the others skip the head. `d_hidden` [n, D] is overwritten, or None for an evaluation. `low_rank` is the
-    adapter's part of the head.
+    adapter's part of the head. `hidden` and `d_hidden` may be one tensor.
     """
+    chosen = hidden[rows]
     if d_hidden is not None:
         d_hidden.zero_()
     if not len(rows):
         return None
-    chosen = hidden[rows]
     weights = model.weights
     result = weights.kernels.linear_cross_entropy(
         model.final_norm(chosen),

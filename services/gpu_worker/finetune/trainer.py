@@ -26,7 +26,7 @@ from services.gpu_worker.kernels.dropout import Dropout
 from services.gpu_worker.kernels.kv_cache import KVCache
 from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 from services.gpu_worker.kernels.paged_attention import Run
-from services.gpu_worker.model.context import AdapterRun, Capture, VirtualRows
+from services.gpu_worker.model.context import AdapterRun, Capture, ForwardContext, VirtualRows
 from services.gpu_worker.model.peft import Method, num_virtual_tokens
 from services.gpu_worker.model.transformer import Transformer
 
@@ -53,7 +53,7 @@ class Trainer:
         num_lanes: int = 1,
         copies: CopyStream | None = None,
     ) -> None:
-        """Up to `num_lanes` threads may call `finish_forward` and `backward` at once, as `engine/lanes.py` allows.
+        """Up to `num_lanes` threads may compute steps at once, as `engine/lanes.py` allows.
 
         `copies` take activations to host memory; None: as the device does that best.
         """
@@ -72,7 +72,7 @@ class Trainer:
         self._num_host_layers, self._num_lanes = num_host_layers, num_lanes
         self._copies = copies or copy_stream(self.device)
         self._store: ActivationStore | None = None
-        self._gradients: GradientState | None = None  # as large as the store
+        self._gradients: GradientState | None = None
         self._total = LossSum()
         self._num_begun = 0  # sequences
         self._tensors: SequenceTensors | None = None
@@ -146,8 +146,9 @@ class Trainer:
             sequence, dataset, extra, self._model.config, self._cache, self._model.weights.kernels
         )
         self._dropout = self._make_dropout(sequence)
+        self._reserve_gradients(sequence.num_tokens)
         if not sequence.evaluation:
-            self._reserve(sequence.num_tokens)
+            self._reserve_store(sequence.num_tokens)
             self.store.begin(sequence.num_tokens)
 
     def _make_dropout(self, sequence: TrainingSequence) -> Dropout | None:
@@ -156,16 +157,24 @@ class Trainer:
             return None
         return Dropout(config.lora_dropout, f"{config.seed}|{self.job.step}|{sequence.examples[0]}")
 
-    def _reserve(self, num_tokens: int) -> None:
-        """Buffers for a sequence's activations and gradients; they only grow."""
+    def _reserve_gradients(self, num_tokens: int) -> None:
+        """A buffer for a sequence's gradients, and before them its residual stream; it only grows."""
+        if self._gradients is not None and len(self._gradients.dx) >= num_tokens:
+            return
+        self._gradients = None  # before a larger one is made: both at once may not fit
+        config, dtype = self._model.config, self._model.weights.dtype
+        self._gradients = GradientState.zeros(config, num_tokens, dtype, self.device, self._num_lanes)
+
+    def _reserve_store(self, num_tokens: int) -> None:
+        """The same for its activations."""
         if self._store is not None and self._store.capacity >= num_tokens:
             return
-        self._store, self._gradients = None, None  # before larger ones are made: both at once may not fit
-        config, dtype = self._model.config, self._model.weights.dtype
-        wide, reserve = accumulation_dtype(dtype), self.policies.reserve
+        self._store = None
+        dtype, reserve = self._model.weights.dtype, self.policies.reserve
         host = self._copies, self._num_host_layers, ring_depth(self._num_lanes)
-        self._store = ActivationStore(reserve, num_tokens, dtype, wide, self.device, *host)
-        self._gradients = GradientState.zeros(config, num_tokens, dtype, self.device, self._num_lanes)
+        self._store = ActivationStore(
+            reserve, num_tokens, dtype, accumulation_dtype(dtype), self.device, *host
+        )
 
     def tokens(self, window: Window) -> Tensor:
         return self._flight.tokens[window.start : window.end]
@@ -202,13 +211,25 @@ class Trainer:
 
     # --- windows
 
-    def finish_forward(self, window: Window, hidden: Tensor) -> None:
-        """Loss of a window that the fused forward has computed; `hidden` [n, D] are its rows."""
+    @torch.no_grad()
+    def forward(self, window: Window, context: ForwardContext) -> None:
+        """Takes the window's rows of the residual stream through one layer; `context` is of these rows alone."""
+        assert window.layer is not None
+        stream = self._stream(window)
+        x = stream if window.layer else self._model.embed(self.tokens(window), context.adapters)
+        rotation = self._model.rotation(context.positions)
+        stream.copy_(self._model.layer(window.layer, x, rotation, self._cache, context))
+
+    def _stream(self, window: Window) -> Tensor:
+        """The window's rows [n, D] of the residual stream, or of its gradient."""
+        assert self._gradients is not None
+        return self._gradients.dx[window.start : window.end]
+
+    def finish_forward(self, window: Window, hidden: Tensor | None = None) -> None:
+        """Loss of a window that has gone through all layers; `hidden` [n, D] are its rows of a fused forward."""
         evaluation = self._flight.sequence.evaluation
-        d_hidden = None
-        if not evaluation:
-            assert self._gradients is not None
-            d_hidden = self._gradients.dx[window.start : window.end]
+        stream = self._stream(window)
+        hidden, d_hidden = stream if hidden is None else hidden, None if evaluation else stream
         rows = self._flight.labelled_rows(window)
         labels = self._flight.labels[window.start : window.end][rows]
         denominator = 1.0 if evaluation else float(self.job.denominator)
@@ -216,11 +237,6 @@ class Trainer:
         found = window_loss(self._model, hidden, rows, labels, denominator, d_hidden, head)
         if found is not None:
             self._total.windows[self._num_begun, window.start] = found
-
-    @property
-    def trains_head(self) -> bool:
-        """Whether windows' losses sum into the same gradients, which takes one after the other."""
-        return low_rank_head(self.parameters, self.method) is not None
 
     @torch.no_grad()
     def backward(self, window: Window) -> None:

@@ -99,16 +99,6 @@ class RunByRun:
                 bypass.add_low_rank_(y[run.start : run.end], read, run.mask(layer, group, read))
 
 
-class LayerGate(Protocol):
-    """Keeps forwards that run at once in order."""
-
-    def enter(self, layer: int) -> None:
-        """Before the layer."""
-
-    def leave(self, layer: int) -> None:
-        """After it."""
-
-
 @dataclass(slots=True)
 class ForwardContext:
     """One fused forward over N rows."""
@@ -119,7 +109,6 @@ class ForwardContext:
     attention: Attention
     adapters: list[AdapterRun] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
-    gate: LayerGate | None = None
     low_rank: LowRank = field(init=False)  # of the adapters; run by run until somebody knows better
 
     def __post_init__(self) -> None:

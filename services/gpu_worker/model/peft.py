@@ -144,6 +144,11 @@ class PromptConfig:
 Method = LoraConfig | Ia3Config | BottleneckConfig | PrefixConfig | PromptConfig
 
 
+def trains_head(method: Method) -> bool:
+    """Whether the loss itself has gradients to sum."""
+    return isinstance(method, LoraConfig) and HEAD in method.targets
+
+
 def num_virtual_tokens(method: Method) -> int:
     """Positions that the method takes in front of every sequence."""
     return method.num_virtual_tokens if isinstance(method, PrefixConfig | PromptConfig) else 0

@@ -46,17 +46,22 @@ class Transformer:
     @torch.no_grad()
     def forward(self, tokens: Tensor, cache: KVCache, batch: ForwardContext) -> Tensor:
         """Hidden states [N, D] after the last layer, before the final norm. `tokens` int64 [N]."""
-        x = self._embed(tokens, batch.adapters)
+        x = self.embed(tokens, batch.adapters)
         rotation = self.rotation(batch.positions)
-        for index, weights in enumerate(self.weights.layers):
-            if batch.gate is not None:
-                batch.gate.enter(index)
-            x = batch.program(x, weights, LayerContext(index, rotation, cache, batch, self.weights.group))
-            if batch.gate is not None:
-                batch.gate.leave(index)
+        for index in range(self.config.num_layers):
+            x = self.layer(index, x, rotation, cache, batch)
         return x
 
-    def _embed(self, tokens: Tensor, runs: Sequence[AdapterRun]) -> Tensor:
+    def layer(
+        self, index: int, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, batch: ForwardContext
+    ) -> Tensor:
+        """One layer of `forward`: [N, D] of [N, D]; `rotation` of the rows' positions."""
+        context = LayerContext(index, rotation, cache, batch, self.weights.group)
+        return batch.program(x, self.weights.layers[index], context)
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor, runs: Sequence[AdapterRun]) -> Tensor:
+        """What the first layer reads, [N, D]."""
         if any(run.virtual is not None for run in runs):
             tokens = tokens.clamp_min(0)
         x = self.weights.embedding[tokens]
