@@ -93,6 +93,7 @@ def make_batch(records: Collection[Record], now_s: float, num_dropped: int) -> I
         forward_ms=tuple(milliseconds(each.timing.forward_ms) for each in stats),
         steps_ms=tuple(milliseconds(each.timing.steps_ms) for each in stats),
         optimizer_ms=tuple(milliseconds(each.timing.optimizer_ms) for each in stats),
+        finetuning_ms=tuple(milliseconds(each.finetuning_ms) for each in stats),
         running=tuple(each.num_running for each in stats),
         waiting=tuple(each.num_waiting for each in stats),
         free_blocks=tuple(each.num_free_blocks for each in stats),

@@ -40,6 +40,7 @@ class IterationBatch(Message):
     forward_ms: tuple[float, ...] = ()
     steps_ms: tuple[float, ...] = ()
     optimizer_ms: tuple[float, ...] = ()
+    finetuning_ms: tuple[float, ...] = ()  # of these three
     running: tuple[int, ...] = ()
     waiting: tuple[int, ...] = ()
     free_blocks: tuple[int, ...] = ()

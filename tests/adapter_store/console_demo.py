@@ -93,6 +93,7 @@ def iterations(status: WorkerStatus) -> IterationBatch:
             "predicted_ms": 0.9 * limit_ms,
             "forward_ms": (0.3 if is_back else 0.8 + 0.05 * math.sin(i)) * limit_ms,
             "steps_ms": 0.55 * limit_ms if is_back else 0.0,
+            "finetuning_ms": (0.55 if is_back else 0.5) * limit_ms,
             "running": status.running,
             "waiting": status.waiting,
             "free_blocks": status.free_blocks,

@@ -52,6 +52,7 @@ def co_served(num: int = 10) -> IterationBatch:
         forward_ms=(40.0,) * num,
         steps_ms=(50.0,) * num,
         optimizer_ms=(10.0,) * num,
+        finetuning_ms=(80.0,) * num,
         running=(8,) * num,
         waiting=(1,) * num,
         free_blocks=(25,) * num,
@@ -68,7 +69,7 @@ def test_a_slot_holds_the_means_of_the_iterations_that_ended_in_it() -> None:
         **{"decode": 8, "prefill": 16, "forward": 24, "backward": 16},
         **{"ms": 100, "predicted_ms": 80, "limit_ms": 120},
         "tokens_share": 0.625,  # 40 of 64
-        "time_share": 0.8,  # half of the forward, all of the backward and the optimizer
+        "time_share": 0.8,  # 80 of 100 ms
         **{"running": 8, "waiting": 1, "kv": 0.75},
     }
     assert columns["decode"][: NUM_SLOTS - 4] == [None] * (NUM_SLOTS - 4)

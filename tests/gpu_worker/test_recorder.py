@@ -17,7 +17,7 @@ from shared.queue.iterations import MAX_BATCHES, MAX_ITERATIONS, TTL_S, Iteratio
 
 
 def make_stats(decodes: int = 1, total_ms: float = 10.0) -> IterationStats:
-    return IterationStats(decodes, 2, 3, 4.5, 50.0, 9.0, Timing(total_ms, 0.0, 0.0), 5, 6, 7)
+    return IterationStats(decodes, 2, 3, 4.5, 50.0, 9.0, Timing(total_ms, 0.0, 0.0), 0.0, 5, 6, 7)
 
 
 def make_recorder(url: str, period_s: float = 0.02, worker_id: str = "w") -> Recorder:

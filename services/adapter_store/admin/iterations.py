@@ -52,10 +52,8 @@ class Span:
 
     @property
     def finetune_time_share(self) -> float | None:
-        """Backward, optimizer, and of the fused forward what its tokens are of all tokens in it."""
-        fused = self.sum("decode_tokens") + self.sum("prefill_tokens") + self.sum("forward_tokens")
-        forward_ms = self.sum("forward_ms") * (ratio(self.sum("forward_tokens"), fused) or 0.0)
-        return ratio(forward_ms + self.sum("steps_ms") + self.sum("optimizer_ms"), self.total_ms)
+        """Its steps, its updates, and of the fused forward what its rows are of all rows."""
+        return ratio(self.sum("finetuning_ms"), self.total_ms)
 
 
 def ratio(part: float, whole: float) -> float | None:

@@ -57,12 +57,15 @@ class IterationStats:
     limit_ms: float = 0.0
     predicted_ms: float = 0.0
     timing: Timing = field(default_factory=Timing)
+    finetuning_ms: float = 0.0  # of these, with a share of the fused forward as large as its share of the rows
     num_running: int = 0
     num_waiting: int = 0
     num_free_blocks: int = 0
 
     @classmethod
     def of(cls, batch: Batch, timing: Timing, scheduler: Scheduler) -> IterationStats:
+        rows = sum(work.window.num_tokens for work in batch.forwards)
+        share = rows / (rows + batch.num_inference_tokens) if rows else 0.0
         return cls(
             len(batch.decodes),
             batch.num_prompt_tokens,
@@ -71,6 +74,7 @@ class IterationStats:
             batch.limit_ms,
             batch.predicted_ms,
             timing,
+            share * timing.forward_ms + timing.steps_ms + timing.optimizer_ms,
             len(scheduler.running),
             len(scheduler.waiting),
             scheduler.blocks.num_free_blocks,
