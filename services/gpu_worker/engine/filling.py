@@ -70,8 +70,8 @@ class Filling:
     # --- windows through all layers
 
     def _add_window(self, job: FinetuneJob) -> bool:
-        """Where such windows get more done in their time than going layer by layer: they share one reading of the weights
-        with requests, but are small where there is little time. False where layer by layer is the way."""
+        """Where such windows get more done in their time than going layer by layer: they share one reading of the
+        weights with requests, but are small where there is little time. False where layer by layer is the way."""
         batch = self.batch
         if batch.num_lanes > 1:
             return False
