@@ -33,9 +33,7 @@ class EngineConfig:
     cuda_graphs: bool = True  # forwards over decodes alone are recorded; with Triton's kernels on a GPU
     lanes: bool = True  # two halves of a CPU's threads may work at once
     async_scheduling: bool | None = None  # launch an iteration while the one before computes; None: on a GPU
-    backward_stream: BackwardStream = (
-        "auto"  # training's backward beside decodes; auto: where a GPU gains by it
-    )
+    backward_stream: BackwardStream = "auto"  # training beside decodes; auto: where a GPU gains by it
     quantise: Literal["none", "int8", "int4"] = "none"  # the layers' linears; embedding and head stay dense
     int4_group_size: int = GROUP_SIZE  # inputs that share a scale
     block_size: int = 16

@@ -57,7 +57,7 @@ class IterationStats:
     limit_ms: float = 0.0
     predicted_ms: float = 0.0
     timing: Timing = field(default_factory=Timing)
-    finetuning_ms: float = 0.0  # of these, with a share of the fused forward as large as its share of the rows
+    finetuning_ms: float = 0.0  # of these; of the fused forward by its rows
     num_running: int = 0
     num_waiting: int = 0
     num_free_blocks: int = 0

@@ -40,11 +40,6 @@ class FinetuneScheduler:
         self._blocks.free(job)
 
     @property
-    def first_in_turn(self) -> FinetuneJob:
-        """Of the jobs, of which there must be one, the first that the next `fill` asks."""
-        return next(iter(self._by_turn().values()))[0]
-
-    @property
     def is_starved(self) -> bool:
         return self._starved >= self._patience
 

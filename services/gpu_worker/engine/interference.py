@@ -1,5 +1,5 @@
-"""Decodes wait for memory and the backward of training windows for arithmetic: a GPU may do both at once in less time
-than one after the other, each more slowly than alone."""
+"""Decodes wait for memory and steps of training for arithmetic: a GPU may do both at once in less time than one after
+the other, each more slowly than alone. They are measured with steps of the backward, which are most of them."""
 
 from __future__ import annotations
 

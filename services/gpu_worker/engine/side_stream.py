@@ -1,4 +1,4 @@
-"""A second stream for the backward of training windows, beside the one that everything else is computed in.
+"""A second stream for steps of training, beside the one that everything else is computed in.
 
 Its temporaries come from the stream's own part of torch's memory pool, as they are made while it is current. Tensors
 of both streams (activations, gradients, tables of windows) are given up between two iterations or by steps on the side
