@@ -76,12 +76,12 @@ class JobWindow:
         once as long as the upper one's rows lie before the lower one's. In the forward it reads its rows of the layer
         below and the keys and values of earlier windows: the same holds. A loss concerns its own rows alone.
         """
-        if self.job is not earlier.job:
+        job, own, other = self.job, self.window, earlier.window
+        if job is not earlier.job:
             return False
-        own, other = self.window, earlier.window
         assert own.layer is not None and other.layer is not None
-        if earlier.kind is StepKind.LOSS:
-            is_summed = self.kind is StepKind.LOSS and self.job.trains_head
+        if other.layer == job.num_layers:
+            is_summed = job.trains_head and own.layer == other.layer
             return is_summed or (other.start < own.end and own.start < other.end)
         if own.phase is not other.phase:
             return True
