@@ -1,4 +1,4 @@
-"""How large the windows, backward steps and updates of jobs are that fill an iteration, and in which lane they are
+"""How large the windows, steps and updates of jobs are that fill an iteration, and in which lane they are
 placed."""
 
 from __future__ import annotations
