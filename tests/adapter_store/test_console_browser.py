@@ -133,6 +133,7 @@ def iterate(settings: Settings, decodes: int, windows: int) -> None:
         decode_tokens=(decodes,) * 20,
         forward_tokens=(windows,) * 20,
         forward_ms=(40.0,) * 20,
+        finetuning_ms=(40.0 * windows / (windows + decodes),) * 20,
         limit_ms=(100.0,) * 20,
         free_blocks=(60,) * 20,
     )
