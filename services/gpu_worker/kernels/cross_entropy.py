@@ -1,8 +1,7 @@
 """Linear + softmax cross-entropy over chunks of rows: full logits never exist.
 
 Those of a chunk, of at most `max_logits` numbers, exist in the model's dtype, and become their own gradient where they
-lie; in float32 there is a slab of them at a time, small enough for a CPU's cache. What is not in memory of its own for
-long is quick to come by: large pieces are given back to the system, which clears each page before it returns.
+lie; in float32 there is a slab of them at a time, on a CPU small enough for its cache.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from services.gpu_worker.kernels.norm_rope import accumulation_dtype
 
 MAX_LOGITS = 1 << 24
 MOST_ROWS = 128  # of a chunk: more is hardly faster
-SLAB = 1 << 19  # numbers
+SLAB = 1 << 19  # numbers of a CPU's slab
 
 
 @dataclass(slots=True)
@@ -65,7 +64,7 @@ def linear_cross_entropy(
 
 
 class _Rows:
-    """A chunk of rows."""
+    """A chunk of rows: `x` [n, D], `label` int64 [n, 1]."""
 
     def __init__(self, x: Tensor, head: FrozenLinear, label: Tensor, low_rank: LowRankHead | None) -> None:
         self.x, self.head, self.label, self.low_rank = x, head, label, low_rank
